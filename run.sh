@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# ./run.sh [key=value ...]   train: on 8, 4, 2 or 1 GPUs, whatever there is, or the smoke preset on a CPU
+# ./run.sh check             what this machine has, and one remedy a line for what a run would miss
+# ./run.sh test              install what the tests need and run them
+#
+# NPROC=n                    processes on this node (default: the largest of 8, 4, 2, 1 that the GPUs allow)
+# NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes: run this on each of them
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+# A stable place for compiled graphs and kernels, so that the second run starts fast.
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/.cache/triton}"
+
+say() { echo "run.sh: $*" >&2; }
+die() { echo "error: $*" >&2; exit 2; }
+
+# has PYTHON MODULE...: the requirements import there, torch is 2.11 or newer, and the other modules import too.
+has() {
+    local python=$1; shift
+    command -v "$python" >/dev/null 2>&1 || return 1
+    "$python" - "$@" >/dev/null 2>&1 <<'PY' || return 1
+import importlib, sys
+modules = ["numpy", "huggingface_hub", "tqdm", "torch"] + ["triton"] * sys.platform.startswith("linux")
+for name in modules + sys.argv[1:]:
+    importlib.import_module(name)
+import torch
+sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
+PY
+}
+
+# find_python REQUIREMENTS MODULE...: sets PYTHON to the active Python, or to .venv with the requirements installed.
+find_python() {
+    local requirements=$1; shift
+    for PYTHON in python python3 "$PWD/.venv/bin/python"; do
+        if has "$PYTHON" "$@"; then return; fi
+    done
+    local base
+    base=$(command -v python3 || command -v python) || die "no Python found: install Python 3.11 or newer"
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        die "$("$base" --version) is too old for the pinned requirements: install Python 3.11 or newer"
+    say "this Python has not all of $requirements: installing it into .venv (once, some minutes)"
+    [ -x .venv/bin/python ] || "$base" -m venv .venv ||
+        die "could not make .venv: install Python's venv module (on Debian and Ubuntu: apt install python3-venv)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
+        die "could not install $requirements: see pip's message above, check the network and the disk, run this again"
+    PYTHON="$PWD/.venv/bin/python"
+}
+
+if [ "${1:-}" = test ]; then
+    shift
+    find_python requirements-dev.txt pytest
+    if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
+        "$PYTHON" -m ruff check --no-cache --select E,F,I,UP,B --line-length 120 .
+    else
+        say "ruff is not installed here: the style check is left out"
+    fi
+    exec "$PYTHON" -m pytest tests "$@"
+fi
+
+find_python requirements.txt
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -eq 0 ] && [[ " $*" != *" preset="* ]]; then
+    say "no GPU: training the smoke preset, a small model of the same code, on the CPU"
+    if [ "${1:-}" = check ]; then shift; set -- check preset=smoke "$@"; else set -- preset=smoke "$@"; fi
+fi
+nproc=1
+for n in 8 4 2; do
+    if [ "$gpus" -ge "$n" ]; then nproc=$n; break; fi
+done
+nproc=${NPROC:-$nproc}
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc is not a number of processes: give 1, 2, 4 or 8"
+
+if [[ "${1:-}" != check && "${1:-}" != help ]]; then
+    "$PYTHON" train_gpt.py fetch "$@"  # checks the options and makes the preset's missing shards
+fi
+if [ "${NNODES:-1}" -gt 1 ]; then
+    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc" \
+        --node_rank "${NODE_RANK:?give the number of this node, from 0}" \
+        --master_addr "${MASTER_ADDR:?give the address of node 0}" --master_port "${MASTER_PORT:-29500}" \
+        train_gpt.py "$@"
+elif [ "$nproc" -gt 1 ]; then
+    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$nproc" train_gpt.py "$@"
+fi
+exec "$PYTHON" train_gpt.py "$@"

@@ -1,0 +1,73 @@
+"""What several test files use: tiny shards and a tiny configuration of the real trainer."""
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+
+TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_rows=256, layers=(
+    train_gpt.Layer("short", paired=True, value_embed=True),
+    train_gpt.Layer("long", key_offset=True),
+    train_gpt.Layer("", skip_from=1, backout=True),
+    train_gpt.Layer("short", value_embed=True),
+))
+TINY_STAGES = (
+    train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0)), tied=True),
+    train_gpt.Stage(2 / 3, 8 * 24, 20, 6, 12, 1.2, ((1,), (1,)), tied=True),
+    train_gpt.Stage(1, 8 * 32, 32, 8, 16, 1.4, ((1,), (1,)), tied=False),
+    train_gpt.Stage(2, 8 * 32, 32, 10, 20, 1.4, ((1,), (1,)), tied=False),
+)
+
+
+def write_shard(path: Path, tokens: np.ndarray, magic: int = train_gpt.SHARD_MAGIC, version: int = 1,
+                count: int | None = None) -> Path:
+    """A shard, or one with a wrong header."""
+    header = np.zeros(train_gpt.HEADER_INTS, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+def random_stream(seed: int, count: int, longest: int = 60) -> np.ndarray:
+    """`count` tokens in documents of 1 to `longest` tokens after their BOS; the last one is cut."""
+    draw, parts, total = np.random.default_rng(seed), [], 0
+    while total < count:
+        body = draw.zipf(1.3, draw.integers(1, longest)) % 500
+        parts += [[train_gpt.BOS], body]
+        total += 1 + len(body)
+    return np.concatenate(parts)[:count].astype(np.uint16)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory) -> Path:
+    """Five small training shards cut out of one stream, so that documents straddle them, and a validation shard."""
+    folder = tmp_path_factory.mktemp("shards")
+    for i, tokens in enumerate(np.split(random_stream(0, 8000, longest=40), 5)):
+        write_shard(folder / f"train_{i:06d}.bin", tokens)
+    write_shard(folder / "val_000000.bin", random_stream(1, 600))
+    return folder
+
+
+def tiny_config(shards: Path, **changes) -> train_gpt.Config:
+    settings = dict(preset="smoke", name="tiny", shape=TINY_SHAPE, stages=TINY_STAGES, steps=12, extension=2,
+                    val_every=5, val_tokens=512, val_slice_tokens=32, final_window=24, log_every=1,
+                    momentum_warmup=4, momentum_cooldown=2, train_files=f"{shards}/train_*.bin",
+                    val_files=f"{shards}/val_*.bin")
+    cfg = dataclasses.replace(train_gpt.Config(), **{**settings, **changes})
+    train_gpt.check_config(cfg)
+    return cfg
+
+
+def run_trainer(*args: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    """train_gpt.py as a user starts it."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    return subprocess.run([sys.executable, *launch, "train_gpt.py", *args], cwd=ROOT, text=True, capture_output=True,
+                          timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment})

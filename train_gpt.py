@@ -1,0 +1,1667 @@
+"""
+Train a GPT-2-class model (124M active parameters) to 3.28 validation loss on FineWeb, as fast as the machine allows.
+
+    ./run.sh                                              8, 4, 2 or 1 GPUs, or the smoke preset on a CPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py
+    python train_gpt.py preset=smoke seed=1               one process, no torchrun
+    python train_gpt.py help                              every option; `check` prints what this machine has
+
+A step's tokens are eight fixed slices of the document stream, each one micro-batch; a process of rank r among w
+trains on slices r, r + w, ... so 1, 2, 4 and 8 processes compute the same sum, in a different order.
+Importing this file starts nothing. Budget: 1,500 lines, functions of at most 60 lines (forward: 110).
+"""
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import functools
+import glob
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from triton_kernels import softcapped_cross_entropy
+
+ROOT = Path(__file__).resolve().parent
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the format of kjj0/fineweb10B-gpt2
+BOS = 50256  # GPT-2's end-of-text token; it stands before every document
+VOCAB = 50257
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one sentence with the value and the remedy, printed without a traceback."""
+
+
+########################################
+#         Configuration: tables        #
+########################################
+
+
+class Layer(NamedTuple):
+    """One row a layer; init and forward read it, so no layer number stands anywhere else."""
+    window: str = "short"         # attention window: "short", "long", or "" for a layer without attention
+    paired: bool = False          # two half-sets of heads interleaved as one sequence of 2T (record #58)
+    key_offset: bool = False      # the key half that does not rotate comes from the token before (record #49)
+    value_embed: bool = False     # adds a gated token embedding to V (arXiv 2410.17897, record #14)
+    skip_from: int | None = None  # adds the gated output of an earlier layer to the input (record #11)
+    backout: bool = False         # this output is subtracted, scaled, from the last (record #40)
+
+
+class Shape(NamedTuple):
+    dim: int
+    heads: int
+    head_dim: int
+    mlp_dim: int
+    bigram_rows: int              # rows of the hashed bigram table; the last is for the first token
+    layers: tuple[Layer, ...]
+    attn_scale: float = 0.1       # softmax scale of the first window; grows with the window (YaRN)
+    vocab: int = 50304            # 50,257 padded to a multiple of 128
+
+    @property
+    def attn_layers(self) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if layer.window]
+
+    @property
+    def value_layers(self) -> list[int]:
+        return [i for i, layer in enumerate(self.layers) if layer.value_embed]
+
+
+class Stage(NamedTuple):
+    """One row a stage. Windows count the tokens a query sees before itself."""
+    end: float                    # fraction of the scheduled steps at which the stage ends; above 1: the extension
+    tokens: int                   # tokens a step, over all slices
+    max_doc: int                  # documents are cut at this length
+    short: int
+    long: int
+    lr: float                     # learning rate multiplier before the cooldown
+    mtp: tuple[tuple[float, ...], tuple[float, ...]]  # multi-token weights at the stage's start and end
+    tied: bool                    # embedding and head are one table
+
+
+class Param(NamedTuple):
+    """One row a parameter: who updates it, how fast, how it decays."""
+    algorithm: str                # "normuon" (every step) or "adam" (odd steps, on the sum of two steps' gradients)
+    lr_mul: tuple[float, ...]     # cycled over the matrices of a bank
+    wd_mul: float
+    betas: tuple[float, float] = (0.0, 0.0)
+
+
+# Record #64 (reference: its log's source); the first stage's 896 is record #72's.
+GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=5 * 50304, layers=(
+    Layer("short", paired=True, value_embed=True),
+    Layer("short", value_embed=True),
+    Layer("short", paired=True),
+    Layer("long", key_offset=True),
+    Layer("short"),
+    Layer("short", paired=True),
+    Layer("", skip_from=3),
+    Layer("short", backout=True),
+    Layer("short", value_embed=True),
+    Layer("short", paired=True, value_embed=True),
+    Layer("long", key_offset=True, value_embed=True),
+))
+GPT2_STAGES = (
+    Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0)), tied=True),
+    Stage(2 / 3, 262_144, 2048, 384, 896, 1.52, ((1, .5), (1, 0)), tied=True),
+    Stage(1, 393_216, 2048, 640, 1408, 1.73, ((1,), (1,)), tied=False),
+    Stage(2, 393_216, 2048, 768, 1664, 1.73, ((1,), (1,)), tied=False),
+)
+SMOKE_SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=512, bigram_rows=8192, layers=(
+    Layer("short", paired=True, value_embed=True),
+    Layer("long", key_offset=True),
+    Layer("", skip_from=1, backout=True),
+    Layer("short", value_embed=True),
+))
+SMOKE_STAGES = (
+    Stage(1 / 3, 1024, 96, 32, 64, 1.0, ((1, .5), (1, 0)), tied=True),
+    Stage(2 / 3, 1536, 192, 48, 96, 1.23, ((1,), (1,)), tied=True),
+    Stage(1, 2048, 256, 64, 128, 1.41, ((1,), (1,)), tied=False),
+    Stage(2, 2048, 256, 96, 192, 1.41, ((1,), (1,)), tied=False),
+)
+
+# Table order is the order in which gradients are reduced; updates run from the last row to the first, so that the
+# large banks' gathers come last and hide nothing behind them. Multipliers: record #64.
+PARAMS = {
+    "attn_bank": Param("normuon", (1.0,), 1.0),
+    "mlp_bank": Param("normuon", (1.0, 2.0), 1.0),  # up, down
+    "value_embeds": Param("adam", (75.0,), 5.0, (.75, .95)),
+    "bigram_embed": Param("adam", (75.0,), 5.0, (.75, .95)),
+    "head": Param("adam", (1.0,), 150.0, (.5, .95)),
+    "embed": Param("adam", (1.0,), 150.0, (.5, .95)),
+    "small": Param("adam", (1.0,), 1.0),  # packed; the rows of SMALL_PARAMS govern its parts
+}
+SMALL_PARAMS = {
+    "resid_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),   # (L,) scale of the residual stream at each layer
+    "x0_lambdas": Param("adam", (5.0,), 0.0, (.65, .95)),     # (L,) how much of the embedding is mixed back in
+    "bigram_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),  # (L,) the same of the bigram embedding
+    "attn_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),    # (A, 2) scales of the QKV and the output matrix
+    "smear_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),    # ()
+    "skip_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),     # ()
+    "backout_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),  # ()
+    "smear_gate": Param("adam", (.01,), 0.0, (.9, .99)),      # (G,) gates read the first G channels
+    "skip_gate": Param("adam", (.05,), 0.0, (.9, .99)),       # (G,)
+    "attn_gates": Param("adam", (1.0,), 1.0, (.9, .99)),      # (A, H, G)
+    "value_gates": Param("adam", (1.0,), 1.0, (.9, .99)),     # (E, H, G)
+}
+GATE_CHANNELS = 12  # record #28
+
+
+def knob(default, doc: str):
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting. Those with a doc can be given as key=value; the others are tables that a preset chooses."""
+    preset: str = knob("official", "official, corpus (128M tokens of local English text) or smoke (a CPU in minutes)")
+    name: str = knob("", "name of the run in the log's path; default: the preset")
+    seed: int = knob(0, "seed of the initial weights; trial k uses seed + k")
+    trials: int = knob(1, "compile once, then train this many times")
+    steps: int = knob(1515, "scheduled steps")
+    extension: int = knob(40, "steps after the schedule, at its last learning rate, with a longer window")
+    stop_after: int = knob(0, "stop after this many steps of the unchanged schedule; 0: train to the end")
+    train_files: str = knob("data/fineweb10B/fineweb_train_*.bin", "glob of training shards, in order")
+    val_files: str = knob("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
+    val_tokens: int = knob(10_485_760, "validation tokens, from the start of the validation shards")
+    val_slice_tokens: int = knob(262_144, "validation tokens per forward pass; lower it to save memory")
+    val_every: int = knob(250, "steps between validations; 0: only at the end")
+    log_every: int = knob(10, "steps between train_loss lines")
+    log_dir: str = knob("records/runs", "where logs are written")
+    slices: int = knob(8, "slices (micro-batches) a step; 16 halves their memory and moves where documents are cut")
+    dtype: str = knob("auto", "auto (bfloat16 on a GPU, float32 else), bfloat16, float32 or float64")
+    fp8: str = knob("auto", "FP8 head: auto (compute capability 8.9 and up), on or off")
+    attention: str = knob("auto", "auto, varlen (FlashAttention, compute capability 8.0 and up) or reference")
+    compile: str = knob("auto", "torch.compile: auto (on a GPU), on or off")
+    lr_normuon: float = knob(0.023, "learning rate of the matrices")
+    lr_adam: float = knob(0.008, "learning rate of everything else")
+    cooldown: float = knob(0.55, "share of the scheduled steps over which the learning rate falls")
+    lr_floor: float = knob(0.1, "learning rate factor at the end of the schedule")
+    momentum_warmup: int = knob(300, "steps over which NorMuon's momentum rises from 0.85 to 0.95")
+    momentum_cooldown: int = knob(50, "last steps, over which it falls back")
+    final_window: int = knob(2560, "long window of the last validation (no YaRN update, record #33)")
+    fetch: str = "python data/cached_fineweb10B.py 9"  # makes the shards of this preset; "": they are brought by hand
+    shape: Shape = GPT2_SHAPE
+    stages: tuple[Stage, ...] = GPT2_STAGES
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps + self.extension
+
+    @property
+    def last_step(self) -> int:
+        return min(self.stop_after or self.total_steps, self.total_steps)
+
+
+PRESETS = {
+    "official": {},
+    "corpus": dict(steps=444, extension=8, val_every=50, train_files="data/corpus/corpus_train_*.bin",
+                   val_files="data/corpus/corpus_val_*.bin", fetch=""),
+    "smoke": dict(shape=SMOKE_SHAPE, stages=SMOKE_STAGES, steps=72, extension=8, val_every=20, log_every=4,
+                  val_tokens=8192, val_slice_tokens=512, final_window=224, momentum_warmup=30, momentum_cooldown=10,
+                  train_files="data/local_text/local_train_*.bin", val_files="data/local_text/local_val_*.bin",
+                  fetch="python data/local_text.py"),
+}
+
+
+def option_fields() -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(Config) if "doc" in f.metadata}
+
+
+def parse_value(key: str, text: str, kind: type):
+    try:
+        return kind(text.replace("_", "")) if kind in (int, float) else text
+    except ValueError:
+        article = "a whole number" if kind is int else "a number"
+        raise UserError(f"{key}={text!r} is not {article}: give for example {key}={option_fields()[key].default}") \
+            from None
+
+
+def parse_options(argv: list[str]) -> Config:
+    """key=value arguments to a Config: defaults, then the preset, then the given values. Raises UserError."""
+    fields, given = option_fields(), {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if key not in fields:
+            near = difflib.get_close_matches(key.lstrip("-"), fields, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}=...?" if near else "`python train_gpt.py help` lists them all"
+            raise UserError(f"unknown option {key!r}: {hint}")
+        if not equals:
+            raise UserError(f"option {key!r} has no value: write {key}={fields[key].default}")
+        given[key] = parse_value(key, text, fields[key].type)
+    preset = given.get("preset", "official")
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
+        raise UserError(f"unknown preset {preset!r}: did you mean preset={near[0]}? There are {', '.join(PRESETS)}")
+    cfg = Config(**{"name": preset, **PRESETS[preset], **given})
+    check_config(cfg)
+    return cfg
+
+
+def check_config(cfg: Config) -> None:
+    """Raises UserError for values that no run can have."""
+    def need(holds: bool, sentence: str) -> None:
+        if not holds:
+            raise UserError(sentence)
+
+    for key in ("trials", "steps", "val_tokens", "val_slice_tokens", "log_every", "slices", "final_window"):
+        need(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
+    for key in ("extension", "stop_after", "val_every", "seed", "momentum_warmup", "momentum_cooldown"):
+        need(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
+    for key in ("lr_normuon", "lr_adam", "lr_floor"):
+        need(math.isfinite(getattr(cfg, key)) and getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must be a finite "
+             f"number that is not negative: the default is {getattr(Config, key)}")
+    need(0 < cfg.cooldown <= 1, f"cooldown={cfg.cooldown} must be above 0 and at most 1")
+    for key, choices in (("dtype", ("auto", "bfloat16", "float32", "float64")), ("fp8", ("auto", "on", "off")),
+                         ("attention", ("auto", "varlen", "reference")), ("compile", ("auto", "on", "off"))):
+        need(getattr(cfg, key) in choices, f"{key}={getattr(cfg, key)!r} is not one of {', '.join(choices)}")
+    need(cfg.slices % 8 == 0, f"slices={cfg.slices} does not divide among 8 processes: take 8, 16 or 32")
+    for stage in cfg.stages:
+        need(stage.tokens % cfg.slices == 0, f"a batch of {stage.tokens} tokens does not divide into slices="
+             f"{cfg.slices} equal slices: take slices=8")
+    need(cfg.val_tokens % (8 * cfg.val_slice_tokens) == 0, f"val_tokens={cfg.val_tokens} does not divide into eight "
+         f"equal shares of val_slice_tokens={cfg.val_slice_tokens}: take a val_tokens that is a multiple of "
+         f"{8 * cfg.val_slice_tokens}")
+
+
+########################################
+#               Schedule               #
+########################################
+
+
+def stage_ends(cfg: Config) -> list[int]:
+    """Step at which each stage ends. Ends within the schedule are even, so that a stage starts on a step without
+    Adam and finds no gradient half accumulated."""
+    return [2 * round(stage.end * cfg.steps / 2) for stage in cfg.stages[:-2]] + [cfg.steps, cfg.total_steps]
+
+
+def stage_at(cfg: Config, step: int) -> int:
+    """Index of the stage of a step; the last stage also answers for the step after the end (the last validation)."""
+    return next((i for i, end in enumerate(stage_ends(cfg)) if step < end), len(cfg.stages) - 1)
+
+
+def stage_progress(cfg: Config, step: int) -> float:
+    """0 at the first step of its stage, towards 1 at its end."""
+    ends, i = stage_ends(cfg), stage_at(cfg, step)
+    start = ends[i - 1] if i else 0
+    return (step - start) / max(1, ends[i] - start)
+
+
+def lr_factor(cfg: Config, step: int) -> float:
+    """The stage's multiplier, then linear to the floor over the last `cooldown` of the schedule."""
+    left = min(1.0, max(0.0, (1 - step / cfg.steps) / cfg.cooldown))
+    return cfg.stages[stage_at(cfg, step)].lr * left + cfg.lr_floor * (1 - left)
+
+
+def momentum(cfg: Config, step: int, low: float = 0.85, high: float = 0.95) -> float:
+    rise = min(1.0, step / max(1, cfg.momentum_warmup))
+    fall = min(1.0, max(0, cfg.total_steps - step) / max(1, cfg.momentum_cooldown))
+    return low + (high - low) * min(rise, fall)
+
+
+def mtp_weights(cfg: Config, step: int) -> list[float]:
+    """Weights of the next tokens in the loss: linear between the ends of the stage (arXiv 2404.19737, record #53)."""
+    begin, end = cfg.stages[stage_at(cfg, step)].mtp
+    progress = stage_progress(cfg, step)
+    return [a + (b - a) * progress for a, b in zip(begin, end, strict=True)]
+
+
+class View(NamedTuple):
+    """What a forward pass sees; constants of a compiled graph."""
+    short: int      # window in tokens before the query
+    long: int
+    scale: float    # attention softmax scale
+    tied: bool      # tokens are embedded with the head's table
+
+
+def yarn(cfg: Config, stage: int) -> tuple[np.ndarray, float]:
+    """Rotary frequencies (float64, (head_dim / 4,), radians a token) and softmax scale of a stage.
+
+    At every change of the long window w -> w', frequencies that turn less than once in w are interpolated by w / w'
+    and those that turn more than 32 times are kept (YaRN, arXiv 2309.00071; here by record #31)."""
+    count = cfg.shape.head_dim // 4
+    freqs = (1 / 1024) ** np.linspace(0, 1, count)
+    scale = cfg.shape.attn_scale
+    for old, new in zip(cfg.stages[:stage], cfg.stages[1:stage + 1], strict=True):
+        turns = old.long * freqs / (2 * np.pi)
+        keep = np.clip((turns - 1) / (32 - 1), 0, 1)
+        freqs = freqs * (old.long / new.long * (1 - keep) + keep)
+        scale *= 1 + 0.2 * math.log(new.long / old.long)
+    return freqs, scale
+
+
+def stage_view(cfg: Config, stage: int, final: bool = False) -> View:
+    row = cfg.stages[stage]
+    return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1], row.tied)
+
+
+def rotary_tables(cfg: Config, stage: int, length: int, device, dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (length, head_dim / 4)."""
+    freqs = torch.from_numpy(yarn(cfg, stage)[0]).to(device, torch.float32)
+    angles = torch.arange(length, device=device, dtype=torch.float32)[:, None] * freqs
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+########################################
+#              Operations              #
+########################################
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Half-truncated rotary embedding (arXiv 2104.09864, record #20): x (T, H, D), cos and sin (T, D / 4); channel j
+    turns with channel j + D / 4, the second half of the channels stands still."""
+    quarter = cos.size(-1)
+    a, b, still = x.split((quarter, quarter, x.size(-1) - 2 * quarter), dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, still), dim=-1)
+
+
+def shift_key(k: Tensor) -> Tensor:
+    """Partial key offset (record #49): the half of k (T, H, D) that does not rotate moves on by one token, which
+    lets one layer look for what followed an earlier occurrence. The first token keeps its own."""
+    turning, still = k.chunk(2, dim=-1)
+    return torch.cat((turning, torch.cat((still[:1], still[:-1]))), dim=-1)
+
+
+def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
+    """(T,) int32 token ids to rows of the bigram table; the first token has the last row (record #62)."""
+    hashed = torch.bitwise_xor(tokens[1:] * 36313, tokens[:-1] * 27191) % (rows - 1)  # below 2^31 for GPT-2's ids
+    return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_doc: int, window: int,
+                        scale: float, block: int = 512) -> Tensor:
+    """Causal attention over packed documents with a left window, in plain PyTorch.
+
+    q, k, v: (T, H, D) of any float dtype; cu_seqlens: (N + 1,) int32 starts of the documents and T, padded with T.
+    Query i sees key j where j <= i, i - j <= window and both are in one document. Memory grows with
+    block * (block + window), not with T * T. `max_doc` is taken for the sake of one signature."""
+    total = q.size(0)
+    position = torch.arange(total, device=q.device)
+    document = torch.searchsorted(cu_seqlens, position.int(), right=True)
+    out = []
+    for start in range(0, total, block):
+        queries, keys = slice(start, start + block), slice(max(0, start - window), start + block)
+        distance = position[queries, None] - position[None, keys]
+        mask = (distance >= 0) & (distance <= window) & (document[queries, None] == document[None, keys])
+        q_b, k_b, v_b = (x.transpose(0, 1) for x in (q[queries], k[keys], v[keys]))
+        out.append(F.scaled_dot_product_attention(q_b, k_b, v_b, attn_mask=mask, scale=scale).transpose(0, 1))
+    return torch.cat(out)
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_doc: int, window: int,
+                     scale: float) -> Tensor:
+    """The function of attention_reference through PyTorch's FlashAttention: bfloat16, compute capability 8.0 and up.
+    `max_doc` is the longest document of the batch or a bound on it."""
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_doc, max_doc, scale=scale, window_size=(window, 0))
+
+
+ATTENTION = {"varlen": attention_varlen, "reference": attention_reference}
+
+# Scales of the FP8 head, by hand (record #51): stored = value / scale. Inputs are RMS-normed, so |x| < 28.
+FP8_X, FP8_W, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
+
+
+def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor | float, scale_b: float, fast: bool) -> Tensor:
+    """(M, K) row-major @ (K, N) column-major, both FP8, to bfloat16. Gradients need the slower, exact accumulation."""
+    scales = [torch.as_tensor(s, dtype=torch.float32, device=a.device) if isinstance(s, Tensor)
+              else torch.full((), s, dtype=torch.float32, device=a.device) for s in (scale_a, scale_b)]
+    return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
+class HeadLoss(torch.autograd.Function):
+    """sum over rows of the softcapped multi-token cross entropy of x W'.
+
+    x: (T, D), RMS-normed; w: (V, D); targets: (T,) next tokens; weights: (K,) float32; out: () float32.
+    The gradient of the logits is made with the loss, in one kernel, so no logits are kept (records #60, #79). With
+    fp8 the three products run on e4m3 inputs and e5m2 gradients, and the rest in x's dtype (record #19)."""
+
+    @staticmethod
+    def forward(ctx, x, w, targets, weights, fp8):
+        ctx.fp8 = fp8
+        if fp8:
+            x, w = ((x / FP8_X).to(torch.float8_e4m3fn), (w / FP8_W).clamp(-448, 448).to(torch.float8_e4m3fn))
+            logits = fp8_matmul(x, w.t(), FP8_X, FP8_W, fast=True)
+            losses, grad = softcapped_cross_entropy(logits, targets, weights, 1 / FP8_GRAD, torch.float8_e5m2)
+        else:
+            losses, grad = softcapped_cross_entropy(x @ w.t(), targets, weights, 1.0, x.dtype)
+        ctx.save_for_backward(x, w, grad)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, w, grad = ctx.saved_tensors
+        if ctx.fp8:  # FP8 products want the inner dimension contiguous on both sides
+            scale = upstream * FP8_GRAD
+            dx = fp8_matmul(grad, w.t().contiguous().t(), scale, FP8_W, fast=False)
+            dw = fp8_matmul(grad.t().contiguous(), x.t().contiguous().t(), scale, FP8_X, fast=False)
+        else:
+            upstream = upstream.to(x.dtype)
+            dx, dw = upstream * (grad @ w), upstream * (grad.t() @ x)
+        return dx, dw, None, None, None
+
+
+def token_losses(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """Next-token cross entropy of each row under the softcap, float32 (T,): what validation reports."""
+    logits = (x @ w.t()).to(torch.promote_types(x.dtype, torch.float32))
+    return F.cross_entropy(23 * torch.sigmoid((logits + 5) / 7.5), targets.long(), reduction="none")
+
+
+########################################
+#                 Model                #
+########################################
+
+
+def small_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    layers, attn, values = len(shape.layers), len(shape.attn_layers), len(shape.value_layers)
+    return {
+        "resid_lambdas": (layers,), "x0_lambdas": (layers,), "bigram_lambdas": (layers,), "attn_lambdas": (attn, 2),
+        "smear_lambda": (), "skip_lambda": (), "backout_lambda": (),
+        "smear_gate": (GATE_CHANNELS,), "skip_gate": (GATE_CHANNELS,),
+        "attn_gates": (attn, shape.heads, GATE_CHANNELS), "value_gates": (values, shape.heads, GATE_CHANNELS),
+    }
+
+
+def unpack(flat: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Views of a packed vector by name."""
+    parts = flat.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def gate(x: Tensor, weight: Tensor) -> Tensor:
+    """sigmoid of a linear map of the first channels: x (T, D), weight (G,) or (H, G) to (T,) or (T, H)."""
+    return torch.sigmoid(x[:, :weight.size(-1)] @ weight.to(x.dtype).t())
+
+
+def bank_rows(count: int) -> int:
+    """Matrices in a bank, padded so that 8 processes hold equal shares."""
+    return -(-count // 8) * 8
+
+
+class GPT(nn.Module):
+    """Parameters by name; every matrix of a kind in one bank, so that an optimizer step is a few large operations.
+
+    attn_bank: (4A padded, D, D), rows Q K V O of each attention layer; mlp_bank: (2L padded, F, D), up and down, the
+    latter transposed. Matrices and tables have `dtype`; the packed small parameters are at least float32."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, attention: str):
+        super().__init__()
+        self.shape, self.attention = shape, ATTENTION[attention]
+        self.small_shapes = small_shapes(shape)
+        sizes = {
+            "attn_bank": (bank_rows(4 * len(shape.attn_layers)), shape.dim, shape.dim),
+            "mlp_bank": (bank_rows(2 * len(shape.layers)), shape.mlp_dim, shape.dim),
+            "value_embeds": (len(shape.value_layers) * shape.vocab, shape.dim),
+            "bigram_embed": (shape.bigram_rows, shape.dim),
+            "head": (shape.vocab, shape.dim),
+            "embed": (shape.vocab, shape.dim),
+        }
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype)))
+        small = sum(math.prod(size) for size in self.small_shapes.values())
+        self.small = nn.Parameter(torch.empty(small, dtype=torch.promote_types(dtype, torch.float32)))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """The same weights for a seed on every machine: drawn on the CPU in float32. Scales: record #64."""
+        draw = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            parameter.zero_()
+        bound = 0.5 * (3 / self.shape.dim) ** 0.5  # uniform with standard deviation 0.5 / sqrt(dim)
+        up = torch.empty_like(self.mlp_bank[::2], device="cpu", dtype=torch.float32)
+        attn = torch.empty_like(self.attn_bank, device="cpu", dtype=torch.float32)
+        head = torch.empty_like(self.head, device="cpu", dtype=torch.float32)
+        self.attn_bank.copy_(attn.uniform_(-bound, bound, generator=draw))
+        self.mlp_bank[::2].copy_(up.uniform_(-bound, bound, generator=draw))  # the way down starts at zero
+        self.head.copy_(head.normal_(0, 0.005, generator=draw))
+        self.embed.copy_(self.head)
+        small = unpack(self.small, self.small_shapes)
+        for name, value in (("resid_lambdas", 1.1), ("bigram_lambdas", 0.1), ("backout_lambda", 0.5),
+                            ("skip_lambda", -1.5)):
+            small[name].fill_(value)
+        small["attn_lambdas"].copy_(torch.tensor([0.5, 1.0]).expand(len(self.shape.attn_layers), 2))
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor,
+                view: View) -> Tensor:
+        """Packed documents to RMS-normed hidden states.
+
+        tokens: (T,) int32; cu_seqlens: (N + 1,) int32 document starts, padded with T; cos, sin: (at least 2T, D / 4);
+        out: (T, dim)."""
+        shape = self.shape
+        small = unpack(self.small, self.small_shapes)
+        resid, x0_lambdas, bigram_lambdas = (small[name].unbind() for name in
+                                             ("resid_lambdas", "x0_lambdas", "bigram_lambdas"))
+        attn_rows = dict(zip(shape.attn_layers, zip(self.attn_bank.split(4), small["attn_lambdas"].unbind(),
+                                                    small["attn_gates"].unbind(), strict=False), strict=False))
+        mlp_rows = self.mlp_bank.unbind()
+
+        x = F.embedding(tokens, self.head if view.tied else self.embed)
+        x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"])[:, None] * x[:-1]))
+        x = x0 = rms_norm(x)
+        bigram = F.embedding(bigram_hash(tokens, shape.bigram_rows), self.bigram_embed)
+        tables = torch.arange(len(shape.value_layers), device=tokens.device, dtype=tokens.dtype) * shape.vocab
+        values = F.embedding(tables[:, None] + tokens, self.value_embeds).unbind()
+        values = dict(zip(shape.value_layers, zip(values, small["value_gates"].unbind(), strict=True), strict=True))
+
+        outputs, backout = [], 0.0
+        for i, layer in enumerate(shape.layers):
+            if layer.skip_from is not None:
+                amount = torch.sigmoid(small["skip_lambda"]) * 2 * gate(x0, small["skip_gate"])
+                x = x + amount[:, None] * outputs[layer.skip_from]
+            x = resid[i] * x + x0_lambdas[i] * x0 + bigram_lambdas[i] * bigram
+            if layer.window:
+                x = x + self.attend(rms_norm(x), layer, attn_rows[i], values.get(i), cu_seqlens, max_doc, cos, sin,
+                                    view)
+            hidden = F.relu(rms_norm(x) @ mlp_rows[2 * i].t()).square()  # arXiv 2109.08668
+            x = x + hidden @ mlp_rows[2 * i + 1]
+            outputs.append(x)
+            if layer.backout:
+                backout = small["backout_lambda"] * x
+        return rms_norm(x - backout)
+
+    def attend(self, x: Tensor, layer: Layer, rows: tuple[Tensor, Tensor, Tensor], value: tuple[Tensor, Tensor] | None,
+               cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+        """Self-attention of normed inputs x (T, dim) by one layer's row of the table; out: (T, dim)."""
+        total, heads, head_dim = x.size(0), self.shape.heads, self.shape.head_dim
+        matrices, (qkv_scale, out_scale), gate_weight = rows
+        w_qkv, w_out = matrices.flatten(0, 1).split((3 * self.shape.dim, self.shape.dim))
+        q, k, v = (x @ (qkv_scale * w_qkv).t()).view(total, 3, heads, head_dim).unbind(1)
+        if value is not None:
+            embedded, value_gate = value
+            v = v + 2 * gate(x, value_gate)[:, :, None] * embedded.view(total, heads, head_dim)
+        q, k = rms_norm(q), rms_norm(k)  # arXiv 2302.05442
+        if layer.paired:  # token t becomes rows 2t and 2t + 1, each with half of the heads
+            q, k, v = (y.reshape(2 * total, heads // 2, head_dim) for y in (q, k, v))
+            cu_seqlens, max_doc = 2 * cu_seqlens, 2 * max_doc
+        length = q.size(0)
+        q, k = rotate(q, cos[:length], sin[:length]), rotate(k, cos[:length], sin[:length])
+        if layer.key_offset:
+            k = shift_key(k)
+        window = view.short if layer.window == "short" else view.long
+        y = self.attention(q, k, v, cu_seqlens, max_doc, window, view.scale)
+        y = y.view(total, heads, head_dim) * gate(x, gate_weight)[:, :, None]
+        return y.flatten(1) @ (out_scale * w_out).t()
+
+
+def slice_loss(model: GPT, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View,
+               weights: Tensor, fp8: bool) -> Tensor:
+    """Training loss of one slice, summed over its tokens. tokens: (T + 1,) int32; weights: (K,) float32."""
+    x = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view)
+    return HeadLoss.apply(x, model.head, tokens[1:], weights, fp8)
+
+
+########################################
+#               Optimizer              #
+########################################
+
+# Polar Express (arXiv 2505.16932), five rounds for singular values of at least 1e-3, safety 1.02 (record #38).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def polar_express(g: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices of a batch g (N, R, C), in g's dtype: singular values go to about 1."""
+    x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = g.size(-2) > g.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT  # always over the shorter side
+        step = b * gram + c * (gram @ gram)
+        x = a * x + (x @ step if tall else step @ x)
+    return x
+
+
+def normuon_direction(g: Tensor, momentum_buffer: Tensor, second: Tensor, mu: Tensor, beta2: float) -> Tensor:
+    """NorMuon (arXiv 2510.05491): Nesterov momentum, orthogonalised, then each row (of the longer side) divided by a
+    running mean of its size, with the Frobenius norm of every matrix kept. g: (N, R, C); second: (N, R, 1) or
+    (N, 1, C); both buffers change in place."""
+    momentum_buffer.lerp_(g.to(momentum_buffer.dtype), 1 - mu)
+    nesterov = g.to(momentum_buffer.dtype).lerp(momentum_buffer, mu)
+    update = polar_express(nesterov.to(g.dtype)).to(momentum_buffer.dtype)
+    across, along = (-1, -2) if g.size(-2) >= g.size(-1) else (-2, -1)
+    power = update.square().mean(across, keepdim=True)
+    second.lerp_(power, 1 - beta2)
+    gain = second.clamp_min(1e-10).rsqrt()
+    kept = power.sum(along, keepdim=True) / (power * gain.square()).sum(along, keepdim=True).clamp_min(1e-20)
+    return update * (gain * kept.sqrt())
+
+
+def split_float(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 to its bfloat16 high half (truncated) and its low 16 bits as int16 (record #57)."""
+    bits = x.view(torch.int32)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
+
+
+def join_float(high: Tensor, low: Tensor) -> Tensor:
+    """The inverse of split_float."""
+    return ((high.view(torch.int16).to(torch.int32) << 16) | (low.to(torch.int32) & 0xFFFF)).view(torch.float32)
+
+
+def normuon_step(p: Tensor, g: Tensor, momentum_buffer: Tensor, second: Tensor, low: Tensor | None, lr: Tensor,
+                 decay: Tensor, mu: Tensor, beta2: float = 0.95) -> None:
+    """One step on a bank p (N, R, C), in place. lr, decay: (N, 1, 1). Weight decay acts where update and weight agree
+    in sign (cautious weight decay, arXiv 2510.12402). `low` holds the low halves of bfloat16 weights, so the master
+    weight is float32 without a second copy of the high half; None for wider weights."""
+    update = normuon_direction(g, momentum_buffer, second, mu, beta2)
+    weight = p if low is None else join_float(p, low)
+    weight = weight - lr * update - decay * weight * (update * weight >= 0)
+    if low is None:
+        p.copy_(weight)
+    else:
+        high, rest = split_float(weight)
+        p.copy_(high)
+        low.copy_(rest)
+
+
+def adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Tensor, decay: Tensor,
+              beta1: Tensor | float, beta2: Tensor | float) -> None:
+    """Adam with cautious weight decay, in place; moments at least float32. count: () number of this step, from 1.
+    Hyper-parameters are scalars or one value an element."""
+    g, weight = g.to(m.dtype), p.to(m.dtype)
+    m.copy_(m + (g - m) * (1 - beta1))
+    v.copy_(v + (g * g - v) * (1 - beta2))
+    size = lr * (1 - beta2 ** count).sqrt() / (1 - beta1 ** count)
+    update = size * m / (v.sqrt() + 1e-10)
+    p.copy_(weight - update - decay * weight * (update * weight > 0))
+
+
+class World(NamedTuple):
+    """The processes of a run, and collectives that are no-ops when there is one."""
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    def reduce_scatter(self, full: Tensor):
+        """Sum over processes; each gets its share of the first dimension, and a handle to wait on."""
+        if self.size == 1:
+            return full, None
+        share = torch.empty_like(full[:full.size(0) // self.size])
+        call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
+        return share, call(share, full.contiguous(), async_op=True)
+
+    def all_reduce(self, full: Tensor):
+        return full, None if self.size == 1 else dist.all_reduce(full, async_op=True)
+
+    def all_gather(self, full: Tensor):
+        """Every process's share of `full` to all, in place."""
+        if self.size == 1:
+            return None
+        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return call(full, self.share(full), async_op=True)
+
+    def share(self, full: Tensor) -> Tensor:
+        rows = full.size(0) // self.size
+        return full[self.rank * rows:(self.rank + 1) * rows]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+class Optimizer:
+    """Keeps the books of NorMuon and Adam: each process holds the state of, and updates, its share of every parameter
+    (ZeRO, arXiv 1910.02054). The order of reductions, updates and gathers is PARAMS'; the mathematics is above."""
+
+    def __init__(self, model: GPT, cfg: Config, world: World, compiled: bool):
+        self.params = dict(model.named_parameters())
+        assert set(self.params) == set(PARAMS), f"PARAMS and the model differ: {set(self.params) ^ set(PARAMS)}"
+        assert list(model.small_shapes) == list(SMALL_PARAMS), "SMALL_PARAMS and the model differ"
+        self.cfg, self.world = cfg, world
+        self.wd_normuon, self.wd_adam = 1.2, 0.005
+        self.state = {name: self.new_state(name) for name in self.params}
+        self.small_rows = self.expand_small(model)
+        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f
+        self.normuon_step, self.adam_step = wrap(normuon_step), wrap(adam_step)
+
+    def replicated(self, name: str) -> bool:
+        return name == "small"
+
+    def own(self, name: str) -> Tensor:
+        """The part of a parameter that this process updates."""
+        data = self.params[name].data
+        return data if self.replicated(name) else self.world.share(data)
+
+    def new_state(self, name: str) -> dict[str, Tensor]:
+        p = self.own(name)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        if PARAMS[name].algorithm == "adam":
+            return {"m": torch.zeros_like(p, dtype=wide), "v": torch.zeros_like(p, dtype=wide),
+                    "count": torch.zeros(())}
+        rows, cols = p.shape[1:]
+        second = (len(p), rows, 1) if rows >= cols else (len(p), 1, cols)
+        state = {"momentum_buffer": torch.zeros_like(p, dtype=wide), "second": p.new_zeros(second, dtype=wide)}
+        if p.dtype == torch.bfloat16:
+            state["low"] = torch.zeros_like(p, dtype=torch.int16)
+        return state
+
+    def expand_small(self, model: GPT) -> dict[str, Tensor]:
+        """One learning rate, decay and pair of betas for each element of the packed small parameters."""
+        counts = torch.tensor([math.prod(shape) for shape in model.small_shapes.values()])
+        columns = {"lr_mul": [p.lr_mul[0] for p in SMALL_PARAMS.values()],
+                   "wd_mul": [p.wd_mul for p in SMALL_PARAMS.values()],
+                   "beta1": [p.betas[0] for p in SMALL_PARAMS.values()],
+                   "beta2": [p.betas[1] for p in SMALL_PARAMS.values()]}
+        return {key: torch.tensor(column).repeat_interleave(counts).to(self.world.device, model.small.dtype)
+                for key, column in columns.items()}
+
+    def reset(self) -> None:
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        self.clear_grads()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"{name}.{key}": tensor for name, state in self.state.items() for key, tensor in state.items()}
+
+    def clear_grads(self) -> None:
+        for p in self.params.values():
+            p.grad = None
+
+    def untie(self) -> None:
+        """From here on embedding and head are two tables; they start with the same values and the same moments."""
+        self.params["embed"].data.copy_(self.params["head"].data)
+        for key, tensor in self.state["embed"].items():
+            tensor.copy_(self.state["head"][key])
+
+    @torch.no_grad()
+    def step(self, step: int) -> None:
+        """Reduce, update and gather every parameter that is due; Adam's are due on odd steps and have gathered the
+        gradients of two (record #39)."""
+        due = [name for name, p in self.params.items() if p.grad is not None
+               and (PARAMS[name].algorithm == "normuon" or step % 2 == 1)]
+        due.sort(key=list(PARAMS).index)
+        reduced = {name: (self.world.all_reduce if self.replicated(name) else self.world.reduce_scatter)
+                   (self.params[name].grad) for name in due}
+        gathers = []
+        for name in reversed(due):
+            grad, work = reduced.pop(name)
+            if work is not None:
+                work.wait()
+            self.update(name, grad, step)
+            self.params[name].grad = None
+            if not self.replicated(name):
+                gathers.append(self.world.all_gather(self.params[name].data))
+        for work in gathers:
+            if work is not None:
+                work.wait()
+
+    def update(self, name: str, grad: Tensor, step: int) -> None:
+        """One parameter's share. Rates go in as 0-dimensional CPU tensors: a Python number would be a new graph."""
+        row, p, state = PARAMS[name], self.own(name), self.state[name]
+        factor = lr_factor(self.cfg, step)
+        if row.algorithm == "normuon":
+            first = self.world.rank * len(p)
+            muls = [row.lr_mul[i % len(row.lr_mul)] for i in range(first, first + len(p))]
+            base = self.cfg.lr_normuon * factor
+            lr = self.small_constant(muls, p) * (base * max(1, p.size(1) / p.size(2)) ** 0.5)
+            decay = lr * (self.wd_normuon * row.wd_mul * base)
+            self.normuon_step(p, grad, **{"low": None, **state}, lr=lr, decay=decay,
+                              mu=torch.tensor(momentum(self.cfg, step)))
+            return
+        state["count"] += 1
+        lr = self.cfg.lr_adam * factor
+        if name == "small":
+            rows = self.small_rows
+            lr = lr * rows["lr_mul"]
+            self.adam_step(p, grad, **state, lr=lr, decay=lr * lr * self.wd_adam * rows["wd_mul"],
+                           beta1=rows["beta1"], beta2=rows["beta2"])
+        else:
+            lr = torch.tensor(lr * row.lr_mul[0])
+            self.adam_step(p, grad, **state, lr=lr, decay=lr * lr * (self.wd_adam * row.wd_mul),
+                           beta1=row.betas[0], beta2=row.betas[1])
+
+    @functools.cache  # noqa: B019  one entry a bank, for the life of the run
+    def _constant(self, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, device=self.world.device, dtype=dtype).view(-1, 1, 1)
+
+    def small_constant(self, values: list[float], p: Tensor) -> Tensor:
+        return self._constant(tuple(values), torch.promote_types(p.dtype, torch.float32))
+
+
+########################################
+#                 Data                 #
+########################################
+
+
+def find_shards(cfg: Config, what: str) -> list[Path]:
+    """Files of a glob (relative to this file unless absolute), sorted. Raises UserError when there is none."""
+    pattern = getattr(cfg, what)
+    files = sorted(Path(f) for f in glob.glob(str(ROOT / pattern)))
+    if not files:
+        raise UserError(f"no shard matches {what}={pattern!r}: {more_shards(cfg)} or name your own with {what}=")
+    return files
+
+
+def more_shards(cfg: Config, needed: int = 0) -> str:
+    """What to do for shards that are missing."""
+    command = cfg.fetch.replace(" 9", f" {needed}") if needed > 9 else cfg.fetch
+    return f"run `{command}`" if command else "put token shards there (data/README.md)"
+
+
+def shard_tokens(path: Path) -> int:
+    """Number of tokens a shard holds, by its header; raises UserError unless header and size agree."""
+    name = os.path.relpath(path, ROOT)
+    try:
+        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    except OSError as error:
+        raise UserError(f"cannot read shard {name}: {error.strerror}") from None
+    if len(header) < HEADER_INTS:
+        raise UserError(f"shard {name} is {path.stat().st_size} bytes, shorter than its header: fetch it again")
+    if header[0] != SHARD_MAGIC:
+        raise UserError(f"shard {name} begins with {header[0]}, not with {SHARD_MAGIC}: it is not a token shard; "
+                        "make shards with data/local_text.py or data/fineweb.py")
+    if header[1] != SHARD_VERSION:
+        raise UserError(f"shard {name} has format version {header[1]}, this trainer reads version {SHARD_VERSION}: "
+                        "make it again with the scripts in data/")
+    expected, size = 4 * HEADER_INTS + 2 * int(header[2]), path.stat().st_size
+    if size != expected:
+        raise UserError(f"shard {name} has {size} bytes where its header promises {expected}: it is truncated or "
+                        "damaged; delete it and fetch it again")
+    return int(header[2])
+
+
+class Shard(NamedTuple):
+    tokens: np.ndarray   # (N,) uint16
+    starts: np.ndarray   # (M,) int64, position of each document's BOS
+    lengths: np.ndarray  # (M,) int64
+
+
+def read_shard(path: Path) -> Shard:
+    """A shard and where its documents begin; tokens before the first BOS belong to no document here."""
+    count = shard_tokens(path)
+    tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * HEADER_INTS)
+    largest = int(tokens.max(initial=0))
+    if largest >= VOCAB:
+        raise UserError(f"shard {os.path.relpath(path, ROOT)} holds token id {largest}, GPT-2's vocabulary ends at "
+                        f"{VOCAB - 1}: tokenise it again with GPT-2's vocabulary")
+    starts = np.flatnonzero(tokens == BOS)
+    if not len(starts):
+        raise UserError(f"shard {os.path.relpath(path, ROOT)} holds no document start (token {BOS}): "
+                        "tokenise it again with that token before each document")
+    return Shard(tokens, starts, np.diff(starts, append=count))
+
+
+class OutOfTokens(Exception):
+    """The shards end before the schedule does."""
+
+
+class DocumentStream:
+    """The documents of all shards in order. The next shard is read and indexed on a thread.
+
+    It does not know of processes: all of them take the same slices in the same order and keep those they train on."""
+
+    def __init__(self, files: list[Path]):
+        self.files, self.opened = files, 0
+        self.reader = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        self.upcoming = self.reader.submit(read_shard, files[0])
+        self.shard, self.document, self.sums = None, 0, {}
+        self.open_next()
+
+    def open_next(self) -> None:
+        if self.upcoming is None:
+            raise OutOfTokens
+        self.shard, self.document, self.sums = self.upcoming.result(), 0, {}
+        self.opened += 1
+        self.upcoming = (self.reader.submit(read_shard, self.files[self.opened])
+                         if self.opened < len(self.files) else None)
+
+    def take(self, count: int, max_doc: int, want: bool = True) -> tuple[np.ndarray | None, np.ndarray]:
+        """The next `count` tokens: whole documents cut at max_doc, the last one cut to fit; its rest is dropped.
+
+        Returns tokens (count,) int32 (None unless wanted) and the documents' starts within them. Goes on into the
+        next shard where one ends. Raises OutOfTokens after the last."""
+        pieces, starts, filled = [], [], 0
+        while filled < count:
+            if self.document == len(self.shard.starts):
+                self.open_next()
+            if max_doc not in self.sums:
+                self.sums[max_doc] = np.concatenate(([0], np.cumsum(np.minimum(self.shard.lengths, max_doc))))
+            sums, first = self.sums[max_doc], self.document
+            last = int(np.searchsorted(sums, sums[first] + count - filled))  # first document not begun
+            last = min(last, len(self.shard.starts))
+            begins = sums[first:last + 1] - sums[first] + filled
+            ends = np.minimum(begins[1:], count)
+            starts.append(begins[:-1])
+            if want:
+                pieces += [self.shard.tokens[s:s + n] for s, n in
+                           zip(self.shard.starts[first:last], ends - begins[:-1], strict=True)]
+            self.document, filled = last, int(ends[-1])
+        tokens = np.concatenate(pieces).astype(np.int32) if want else None
+        return tokens, np.concatenate(starts)
+
+    def close(self) -> None:
+        self.reader.shutdown(wait=False, cancel_futures=True)
+
+
+class Plan(NamedTuple):
+    """What a dry run over the shards' document starts found; sizes the tables and proves that the tokens suffice."""
+    shards: int                # training shards that the run opens
+    documents: list[int]       # most documents in a slice, for each stage
+    tokens: int                # tokens the network trains on
+
+
+def plan_run(cfg: Config, files: list[Path]) -> Plan:
+    """Walks the run's document starts without a model. Raises UserError when the shards are too few."""
+    stream, documents, trained = DocumentStream(files), [1] * len(cfg.stages), 0
+    try:
+        for step in range(cfg.last_step):
+            i = stage_at(cfg, step)
+            for _ in range(cfg.slices):
+                _, starts = stream.take(cfg.stages[i].tokens // cfg.slices + 1, cfg.stages[i].max_doc, want=False)
+                documents[i] = max(documents[i], len(starts))
+            trained += cfg.stages[i].tokens
+    except OutOfTokens:
+        scheduled = sum(cfg.stages[stage_at(cfg, step)].tokens for step in range(cfg.last_step))
+        needed = max(len(files) + 1, math.ceil(len(files) * scheduled / max(1, trained)))
+        raise UserError(f"the schedule of {cfg.last_step} steps needs about {needed} shards ({scheduled:,} tokens in "
+                        f"whole documents), found {len(files)} that last {trained:,} tokens at train_files="
+                        f"{cfg.train_files!r}: {more_shards(cfg, needed)} or shorten the run with stop_after=") from None
+    finally:
+        stream.close()
+    return Plan(stream.opened, documents, trained)
+
+
+def seqlens(starts: np.ndarray, total: int, rows: int) -> np.ndarray:
+    """cu_seqlens (rows + 1,) int32: document starts, then `total` to the end of the table (empty documents)."""
+    table = np.full(rows + 1, total, dtype=np.int32)
+    starts = starts[starts < total]  # the last token of a slice is only a target
+    table[:len(starts)] = starts
+    return table
+
+
+class Batch(NamedTuple):
+    """One slice on the device."""
+    tokens: Tensor      # (T + 1,) int32: inputs and, one on, targets
+    cu_seqlens: Tensor  # (N + 1,) int32
+
+
+class Loader:
+    """Batches of this process, step after step, made and copied to the device two steps ahead on a thread."""
+
+    def __init__(self, cfg: Config, world: World, files: list[Path], plan: Plan, ahead: int = 2):
+        self.cfg, self.world, self.plan, self.stream = cfg, world, plan, DocumentStream(files)
+        self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
+        self.maker = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        self.queue = deque(self.maker.submit(self.make, step) for step in range(min(ahead, cfg.last_step)))
+        self.next_step = len(self.queue)
+
+    def make(self, step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
+        i, batches = stage_at(self.cfg, step), []
+        count, max_doc = self.cfg.stages[i].tokens // self.cfg.slices, self.cfg.stages[i].max_doc
+        for piece in range(self.cfg.slices):
+            mine = piece % self.world.size == self.world.rank
+            tokens, starts = self.stream.take(count + 1, max_doc, want=mine)
+            if mine:
+                batches.append((tokens, seqlens(starts, count, table_rows(self.plan.documents[i]))))
+        return to_device(batches, self.world.device, self.copies)
+
+    def next(self) -> list[Batch]:
+        """The slices of the next step."""
+        batches, copied = self.queue.popleft().result()
+        if self.next_step < self.cfg.last_step:
+            self.queue.append(self.maker.submit(self.make, self.next_step))
+            self.next_step += 1
+        if copied is not None:
+            torch.cuda.current_stream().wait_event(copied)
+            for tensor in (tensor for batch in batches for tensor in batch):
+                tensor.record_stream(torch.cuda.current_stream())
+        return batches
+
+    def close(self) -> None:
+        self.maker.shutdown(wait=False, cancel_futures=True)
+        self.stream.close()
+
+
+def table_rows(documents: int) -> int:
+    return -(-documents // 32) * 32
+
+
+def to_device(batches: list[tuple[np.ndarray, np.ndarray]], device: torch.device, stream) -> tuple[list[Batch], object]:
+    """Host arrays to the device through pinned memory, on a stream of its own."""
+    batches = [Batch(*(torch.from_numpy(array) for array in batch)) for batch in batches]
+    if stream is None:
+        return batches, None
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        batches = [Batch(*(x.pin_memory().to(device, non_blocking=True) for x in batch)) for batch in batches]
+        copied = torch.cuda.Event()
+        copied.record()
+    return batches, copied
+
+
+class Validation(NamedTuple):
+    slices: list[Batch]  # on the host
+    max_doc: int         # longest document of any slice, of any process
+
+
+def read_validation(cfg: Config, world: World) -> Validation:
+    """The first val_tokens tokens in fixed slices, this process's share of them. Raises UserError if too few."""
+    files, parts, need = find_shards(cfg, "val_files"), [], cfg.val_tokens + 1
+    for path in files:
+        parts.append(read_shard(path).tokens[:need - sum(map(len, parts))])
+    stream = np.concatenate(parts)
+    if len(stream) < need:
+        raise UserError(f"val_tokens={cfg.val_tokens} needs {need:,} tokens (one more, as the last target), the "
+                        f"{len(files)} shard(s) of val_files={cfg.val_files!r} hold {len(stream):,}: lower val_tokens= "
+                        f"or {more_shards(cfg)}")
+    size, cut = cfg.val_slice_tokens, []
+    for begin in range(0, cfg.val_tokens, size):
+        starts = np.flatnonzero(stream[begin:begin + size] == BOS)
+        cut.append(starts if len(starts) and starts[0] == 0 else np.concatenate(([0], starts)))
+    rows = table_rows(max(map(len, cut)))
+    max_doc = max(int(np.diff(starts, append=size).max()) for starts in cut)
+    mine = range(world.rank, len(cut), world.size)
+    slices = [Batch(torch.from_numpy(stream[i * size:(i + 1) * size + 1].astype(np.int32)),
+                    torch.from_numpy(seqlens(cut[i], size, rows))) for i in mine]
+    return Validation(slices, max_doc)
+
+
+########################################
+#                 Log                  #
+########################################
+
+
+class Log:
+    """One text file a run; only rank 0 writes. A write that fails (a full disk) is kept and tried again with the
+    next line, so that what was measured is not lost while the run goes on."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.unwritten, self.failed = path, "", False
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "x", buffering=1, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot write the log {os.path.relpath(path, ROOT)}: {error.strerror}; "
+                                "name a writable folder with log_dir=") from None
+
+    def write(self, text: str) -> None:
+        if self.path is None:
+            return
+        self.unwritten += text + "\n"
+        try:
+            self.file.write(self.unwritten)
+            self.file.flush()
+            self.unwritten = ""
+        except OSError as error:
+            self.reopen()
+            if not self.failed:
+                tqdm.write(f"warning: cannot write the log ({error.strerror}): its lines are kept in memory until "
+                           "there is space", file=sys.stderr)
+            self.failed = True
+
+    def reopen(self) -> None:
+        """Drops what Python still buffers; the lines are in `unwritten`."""
+        with contextlib.suppress(OSError):
+            self.file.close()
+        self.file = open(self.path, "a", buffering=1, encoding="utf-8")
+
+    def close(self) -> None:
+        """Raises UserError if lines are still unwritten; they are printed first, so nothing is lost."""
+        if self.path is None:
+            return
+        if self.unwritten:
+            self.write("")
+        if self.unwritten:
+            print(self.unwritten, flush=True)
+            raise UserError(f"the log {os.path.relpath(self.path, ROOT)} could not be completed (disk full?): its "
+                            "last lines are printed above; free some space")
+        self.file.close()
+
+
+def shell(*command: str) -> str:
+    """Output of a command, or a word why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        return done.stdout.strip() if done.returncode == 0 else f"({command[0]}: exit {done.returncode})"
+    except (OSError, subprocess.TimeoutExpired):
+        return f"({command[0]}: not available)"
+
+
+def gpu_description(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+
+
+def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
+    """Everything needed to run this again: sources, versions, machine, git state, configuration."""
+    for name in ("train_gpt.py", "triton_kernels.py"):
+        log.write(f"{'=' * 100}\nsource: {name}\n{'=' * 100}\n{(ROOT / name).read_text(encoding='utf-8')}")
+    world = trainer.world
+    versions = {name: getattr(sys.modules.get(name), "__version__", "absent") for name in ("torch", "numpy", "triton")}
+    log.write(f"{'=' * 100}\nenvironment\n{'=' * 100}")
+    log.write(f"python:{platform.python_version()} " + " ".join(f"{k}:{v}" for k, v in versions.items())
+              + f" cuda:{torch.version.cuda}")
+    log.write(f"hardware:{world.size}x {gpu_description(world.device)}")
+    log.write("driver:" + shell("nvidia-smi", "--query-gpu=driver_version,name,power.limit,clocks.max.sm",
+                                "--format=csv,noheader").replace("\n", " | "))
+    log.write(f"git:{shell('git', 'rev-parse', 'HEAD')} changed files:{shell('git', 'status', '--short') or 'none'}")
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        rows = value if field.name == "stages" else value.layers if field.name == "shape" else ()
+        log.write(f"config {field.name}={'' if rows else value}")
+        if field.name == "shape":
+            log.write("  " + " ".join(f"{k}={v}" for k, v in value._asdict().items() if k != "layers"))
+        for row in rows:
+            log.write(f"  {row}")
+    for line in trainer.describe(plan):
+        log.write(line)
+
+
+def device_sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """The training clock and the named regions outside it, all in seconds, read with the device idle."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.trained, self.started, self.untimed = device, 0.0, None, {}
+
+    def start(self) -> None:
+        device_sync(self.device)
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        device_sync(self.device)
+        self.trained += time.perf_counter() - self.started
+        self.started = None
+
+    def read(self) -> float:
+        """Training time so far, without waiting for the device."""
+        return self.trained + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    @contextlib.contextmanager
+    def region(self, name: str):
+        """Time outside the training clock, added up under a name."""
+        device_sync(self.device)
+        begin = time.perf_counter()
+        yield
+        device_sync(self.device)
+        self.untimed[name] = self.untimed.get(name, 0.0) + time.perf_counter() - begin
+
+
+class Console:
+    """What rank 0 shows: a tqdm bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, cfg: Config, rank: int):
+        self.cfg, self.quiet = cfg, rank != 0
+        self.bar, self.loss, self.done = None, float("nan"), 0
+        self.terminal = sys.stderr.isatty()
+        self.every = max(cfg.log_every, cfg.last_step // 20)
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def start(self) -> None:
+        if not self.quiet and self.terminal:
+            self.bar = tqdm(total=self.cfg.last_step, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, tokens: int, seconds: float) -> None:
+        """After step number `step` (from 1), `tokens` tokens and `seconds` of training."""
+        rate = tokens / max(seconds, 1e-9)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f} tok/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif not self.quiet and step % self.every == 0:
+            left = seconds / step * (self.cfg.last_step - step)
+            self.say(f"step {step}/{self.cfg.last_step}  train_loss {self.loss:.4f}  {rate:,.0f} tok/s  "
+                     f"{seconds:.1f} s, about {left:.0f} s left")
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+########################################
+#                 Train                #
+########################################
+
+
+class Trainer:
+    """A model, its optimizer and the one train_step and the one evaluate that warm-up, trials and the run all use."""
+
+    def __init__(self, cfg: Config, world: World):
+        self.cfg, self.world = cfg, world
+        capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
+        self.dtype = choose_dtype(cfg, capability)
+        self.attention = choose_attention(cfg, capability, self.dtype)
+        self.fp8 = choose_fp8(cfg, capability, self.dtype)
+        self.compiled = {"on": True, "off": False, "auto": world.device.type == "cuda"}[cfg.compile]
+        self.model = GPT(cfg.shape, self.dtype, self.attention).to(world.device)
+        self.optimizer = Optimizer(self.model, cfg, world, self.compiled)
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
+        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if self.compiled else lambda f: f
+        self.slice_loss, self.hidden, self.token_losses = wrap(slice_loss), wrap(self.model.forward), wrap(token_losses)
+        self.stage, self.rotary = -1, None
+        longest = max(*(stage.tokens // cfg.slices for stage in cfg.stages), cfg.val_slice_tokens)
+        self.rotary_rows = 2 * longest  # paired heads see two rows a token
+
+    def describe(self, plan: Plan) -> list[str]:
+        """Batch arithmetic and what this machine switches, for the console and the log."""
+        cfg, share = self.cfg, self.cfg.slices // self.world.size
+        ends = stage_ends(cfg)
+        rows = [f"stage {i}: steps {start}-{min(end, cfg.last_step) - 1}, {stage.tokens:,} tokens a step = "
+                f"{self.world.size} process(es) x {share} slice(s) x {stage.tokens // cfg.slices:,} tokens, documents "
+                f"cut at {stage.max_doc}, windows {stage.short}/{stage.long}"
+                for i, (start, end, stage) in enumerate(zip([0, *ends[:-1]], ends, cfg.stages, strict=True))
+                if start < cfg.last_step and start < end]
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return [*rows,
+                f"data: {plan.tokens:,} training tokens from {plan.shards} shard(s), {cfg.val_tokens:,} for validation",
+                f"model: {parameters:,} parameters, {str(self.dtype).removeprefix('torch.')}, attention "
+                f"{self.attention}, head {'fp8' if self.fp8 else str(self.dtype).removeprefix('torch.')}, "
+                f"torch.compile {'on' if self.compiled else 'off'}"]
+
+    def reset(self, seed: int) -> None:
+        self.model.init_weights(seed)
+        self.optimizer.reset()
+        self.stage = -1
+
+    def enter(self, step: int) -> int:
+        """Carries out what changes when a stage begins; returns the stage of the step."""
+        stage = stage_at(self.cfg, step)
+        if stage != self.stage:
+            tied = self.cfg.stages[stage].tied
+            if not tied and (self.stage < 0 or self.cfg.stages[self.stage].tied):
+                self.optimizer.untie()
+            self.rotary = rotary_tables(self.cfg, stage, self.rotary_rows, self.world.device, self.dtype)
+            self.stage = stage
+        return stage
+
+    def train_step(self, step: int, batches: list[Batch]) -> Tensor:
+        """Forward, backward and update on this process's slices; returns its share of the loss, a device scalar in
+        nats (the mean over tokens and multi-token weights)."""
+        stage = self.enter(step)
+        view, max_doc = stage_view(self.cfg, stage), self.cfg.stages[stage].max_doc
+        weights = mtp_weights(self.cfg, step)
+        on_device = torch.tensor(weights, device="cpu").to(self.world.device, non_blocking=True)
+        total = 0.0
+        for batch in batches:
+            loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary, view, on_device, self.fp8)
+            (loss / self.cfg.slices).backward()
+            total = total + loss.detach()
+        self.optimizer.step(step)
+        return total / (self.cfg.stages[stage].tokens * sum(weights))
+
+    @torch.no_grad()
+    def evaluate(self, step: int, validation: Validation) -> float:
+        """Mean next-token loss in nats over the validation tokens of all processes."""
+        final = step == self.cfg.total_steps
+        stage = self.enter(min(step, self.cfg.total_steps - 1))
+        view = stage_view(self.cfg, stage, final)
+        total = torch.zeros((), device=self.world.device, dtype=torch.float64)
+        for tokens, cu_seqlens in validation.slices:
+            tokens, cu_seqlens = tokens.to(self.world.device), cu_seqlens.to(self.world.device)
+            x = self.hidden(tokens[:-1], cu_seqlens, validation.max_doc, *self.rotary, view)
+            for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True):
+                total += self.token_losses(rows, self.model.head, targets).double().sum()
+        _, work = self.world.all_reduce(total)
+        if work is not None:
+            work.wait()
+        return total.item() / self.cfg.val_tokens
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor that training changes."""
+        return {**dict(self.model.named_parameters()), **self.optimizer.tensors()}
+
+    @torch.no_grad()
+    def warm_up(self, plan: Plan, validation: Validation, console: Console) -> None:
+        """Runs every graph that the run needs (each stage with and without Adam, each validation view) on made-up
+        tokens, then puts back every bit of state. Outside the clock; no training or validation token is seen."""
+        saved = {name: tensor.clone() for name, tensor in self.state().items()}
+        begin, last = time.perf_counter(), stage_at(self.cfg, max(0, self.cfg.last_step - 1))
+        starts = [0, *stage_ends(self.cfg)[:-1]]
+        for i, start in enumerate(starts[:last + 1]):
+            if start >= stage_ends(self.cfg)[i]:
+                continue
+            draw = np.random.default_rng(i)
+            count = self.cfg.stages[i].tokens // self.cfg.slices
+            batches = [made_up_batch(draw, count, plan.documents[i]) for _ in
+                       range(self.cfg.slices // self.world.size)]
+            batches, copied = to_device(batches, self.world.device, None)
+            batches = [Batch(*(x.to(self.world.device) for x in batch)) for batch in batches]
+            with torch.enable_grad():
+                self.train_step(start, batches)
+                self.train_step(start + 1 - start % 2 if start + 1 < stage_ends(self.cfg)[i] else start, batches)
+            if self.cfg.val_every or i == last:
+                tokens, table = (len(x) for x in validation.slices[0])
+                dummy = Batch(*(torch.from_numpy(x) for x in made_up_batch(draw, tokens - 1, 1, table - 1)))
+                self.evaluate(start, Validation([dummy], validation.max_doc))
+                if i == last and self.cfg.last_step == self.cfg.total_steps:
+                    self.evaluate(self.cfg.total_steps, Validation([dummy], validation.max_doc))
+            device_sync(self.world.device)
+            console.say(f"warm-up: stage {i + 1} of {last + 1} ready after {time.perf_counter() - begin:.0f} s")
+        self.optimizer.clear_grads()
+        for name, tensor in self.state().items():
+            tensor.copy_(saved[name])
+        self.stage = -1
+        self.world.barrier()
+
+
+def made_up_batch(draw: np.random.Generator, count: int, documents: int, rows: int | None = None):
+    """Random tokens in equal documents: tokens (count + 1,) int32 and cu_seqlens."""
+    starts = np.linspace(0, count, documents, endpoint=False).astype(np.int64)
+    return draw.integers(0, VOCAB, count + 1, dtype=np.int32), seqlens(starts, count, rows or table_rows(documents))
+
+
+def choose_dtype(cfg: Config, capability: tuple[int, int]) -> torch.dtype:
+    """bfloat16 where the GPU computes in it, float32 elsewhere, unless the option says which."""
+    auto = "bfloat16" if capability >= (8, 0) else "float32"
+    return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+
+
+def choose_attention(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> str:
+    able = capability >= (8, 0) and dtype == torch.bfloat16
+    if cfg.attention == "varlen" and not able:
+        raise UserError(f"attention=varlen needs a GPU of compute capability 8.0 or more and bfloat16, found "
+                        f"{capability[0]}.{capability[1]} and {dtype}: take attention=auto")
+    return ("varlen" if able else "reference") if cfg.attention == "auto" else cfg.attention
+
+
+def choose_fp8(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """FP8 products need compute capability 8.9 and sizes that 16 divides."""
+    able = (capability >= (8, 9) and dtype == torch.bfloat16
+            and all(stage.tokens // cfg.slices % 16 == 0 for stage in cfg.stages))
+    if cfg.fp8 == "on" and not able:
+        raise UserError(f"fp8=on needs a GPU of compute capability 8.9 or more, bfloat16 and slices of a multiple of "
+                        f"16 tokens, found {capability[0]}.{capability[1]} and {dtype}: take fp8=auto")
+    return able and cfg.fp8 != "off"
+
+
+def run_trial(trainer: Trainer, cfg: Config, files: list[Path], plan: Plan, validation: Validation, clock: Clock,
+              console: Console, log: Log, seed: int) -> dict:
+    """Trains once, from the seed's initial weights to the last validation, and returns the result."""
+    world, steps = trainer.world, cfg.last_step
+    with clock.region("initial weights"):
+        trainer.reset(seed)
+        pending, trained_tokens, val_loss = deque(), 0, float("nan")
+        world.barrier()
+    begin = time.perf_counter()
+    clock.start()  # inside the clock: everything from opening the first shard on, except validation
+    loader = Loader(cfg, world, files, plan)
+    console.start()
+    for step in range(steps + 1):
+        if step == steps or (cfg.val_every and step % cfg.val_every == 0):
+            clock.stop()
+            flush_losses(pending, log, console, wait=True)
+            with clock.region("validation"):
+                val_loss = trainer.evaluate(step, validation)
+            line = (f"step:{step}/{cfg.total_steps} val_loss:{val_loss:.4f} train_time:{1e3 * clock.read():.0f}ms "
+                    f"step_avg:{1e3 * clock.read() / max(step, 1):.2f}ms")
+            log.write(line)
+            console.say(line)
+            if step == steps:
+                break
+            clock.start()
+        loss = trainer.train_step(step, loader.next())
+        trained_tokens += cfg.stages[trainer.stage].tokens
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+            pending.append((step + 1, clock.read(), *start_reading(world, loss)))
+        flush_losses(pending, log, console)
+        console.step(step + 1, trained_tokens, clock.read())
+    total = time.perf_counter() - begin
+    loader.close()
+    console.stop()
+    peak = [f(world.device) / 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] \
+        if world.device.type == "cuda" else [peak_host_mib()] * 2
+    return {"val_loss": round(val_loss, 6), "train_time_ms": round(1e3 * clock.read()),
+            "first_step_to_last_validation_ms": round(1e3 * total), "step_avg_ms": round(1e3 * clock.read() / steps, 3),
+            "steps": steps, "scheduled_steps": cfg.total_steps, "tokens": trained_tokens, "seed": seed,
+            "preset": cfg.preset, "processes": world.size, "hardware": f"{world.size}x {gpu_description(world.device)}",
+            "peak_memory_allocated_mib": round(peak[0]), "peak_memory_reserved_mib": round(peak[1])}
+
+
+def peak_host_mib() -> float:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def start_reading(world: World, loss: Tensor):
+    """Sums the loss over processes and starts its way to the host, so that no step waits for it."""
+    loss = loss.clone()
+    _, work = world.all_reduce(loss)
+    if work is not None:
+        work.wait()
+    if world.device.type != "cuda":
+        return loss, None
+    host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def flush_losses(pending: deque, log: Log, console: Console, wait: bool = False) -> None:
+    """Writes the train_loss lines whose losses have arrived."""
+    while pending and (wait or pending[0][3] is None or pending[0][3].query()):
+        step, seconds, loss, arrived = pending.popleft()
+        if arrived is not None:
+            arrived.synchronize()
+        console.loss = loss.item()
+        log.write(f"step:{step}/{console.cfg.total_steps} train_loss:{console.loss:.4f} "
+                  f"train_time:{1e3 * seconds:.0f}ms")
+
+
+########################################
+#                 main                 #
+########################################
+
+
+def start_world(cfg: Config) -> World:
+    """This process's place among the others (torchrun's environment, or alone). Raises UserError."""
+    rank, local_rank, size = (int(os.environ.get(key, default)) for key, default in
+                              (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    if cfg.slices % size or 8 % size:
+        raise UserError(f"{size} processes cannot share the 8 slices of a step evenly: start 1, 2, 4 or 8, "
+                        "for example NPROC=4 ./run.sh")
+    gpus = torch.cuda.device_count()
+    if gpus and local_rank >= gpus:
+        raise UserError(f"process {local_rank} of this node has no GPU, {gpus} found: start at most {gpus} processes a "
+                        f"node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
+    return World(rank, local_rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+
+
+def connect(world: World) -> None:
+    """Joins the process group; after the checks of the input, so that a mistake costs no GPU time."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.size > 1:
+        cuda = world.device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None,
+                                timeout=datetime.timedelta(minutes=30))  # ranks may compile at unlike speeds
+
+
+def new_log(cfg: Config, world: World) -> Log:
+    if world.rank:
+        return Log(None)
+    folder = ROOT / cfg.log_dir / f"{datetime.date.today():%Y-%m-%d}_{cfg.name}"
+    return Log(folder / f"{uuid.uuid4()}.txt")
+
+
+def train(cfg: Config, world: World) -> None:
+    clock = Clock(world.device)
+    console = Console(cfg, world.rank)
+    with clock.region("check of shards"):
+        files = find_shards(cfg, "train_files")
+        plan = plan_run(cfg, files)
+        validation = read_validation(cfg, world)
+    log = new_log(cfg, world)  # now, so that an unwritable folder is known before the compilation
+    with clock.region("process group and model"):
+        connect(world)
+        trainer = Trainer(cfg, world)
+    for line in trainer.describe(plan):
+        console.say(line)
+    log_header(log, cfg, trainer, plan)
+    with clock.region("compilation and warm-up"):
+        trainer.reset(cfg.seed)
+        trainer.warm_up(plan, validation, console)
+    results = []
+    for trial in range(cfg.trials):
+        if trial:
+            log, clock = new_log(cfg, world), Clock(world.device)
+            log_header(log, cfg, trainer, plan)
+        log.write(f"seed:{cfg.seed + trial}")
+        result = run_trial(trainer, cfg, files, plan, validation, clock, console, log, cfg.seed + trial)
+        finish_log(log, clock, console, result)
+        results.append(result)
+    if cfg.trials > 1:
+        losses = np.array([result["val_loss"] for result in results])
+        console.say(f"{cfg.trials} trials: val_loss {losses.mean():.4f}, standard deviation {losses.std(ddof=1):.4f}")
+
+
+def finish_log(log: Log, clock: Clock, console: Console, result: dict) -> None:
+    for name, seconds in clock.untimed.items():
+        log.write(f"untimed:{name} {seconds:.1f}s")
+    log.write(f"peak memory:{result['peak_memory_allocated_mib']} MiB allocated, "
+              f"{result['peak_memory_reserved_mib']} MiB reserved")
+    log.write(f"tokens:{result['tokens']}")
+    log.write(json.dumps(result))
+    log.close()
+    if log.path is not None:
+        console.say(f"val_loss {result['val_loss']:.4f} after {result['train_time_ms'] / 1e3:.1f} s of training\n"
+                    f"log: {os.path.relpath(log.path, ROOT)}")
+
+
+def print_help() -> None:
+    print(__doc__)
+    for name, field in option_fields().items():
+        print(f"  {name + '=' + str(field.default):<50} {field.metadata['doc']}")
+
+
+def fetch(cfg: Config, world: World) -> int:
+    """Makes the shards that the preset's own globs miss; does nothing for globs that the user gave."""
+    preset = PRESETS[cfg.preset]
+    own = all(getattr(cfg, key) == preset.get(key, getattr(Config, key)) for key in ("train_files", "val_files"))
+    return subprocess.run([sys.executable, *cfg.fetch.split()[1:]], cwd=ROOT).returncode if own and cfg.fetch else 0
+
+
+def check_rows(cfg: Config, world: World):
+    """(what, found, remedy or '') for each thing a run needs; yields as it finds them."""
+    version = sys.version_info
+    yield "python", platform.python_version(), "" if version >= (3, 11) else "install Python 3.11 or newer"
+    yield "torch", torch.__version__, ("" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+                                       else "pip install -r requirements.txt")
+    if world.device.type == "cuda":
+        yield "CUDA", str(torch.version.cuda), ""
+        yield "driver", shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0], ""
+        yield "triton", importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else \
+            "absent", "" if importlib.util.find_spec("triton") else "pip install -r requirements.txt"
+    yield "device", f"{torch.cuda.device_count() or 1}x {gpu_description(world.device)}", ""
+    capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
+    dtype = choose_dtype(cfg, capability)
+    yield "dtype", str(dtype).removeprefix("torch."), ""
+    yield "head", "fp8" if choose_fp8(cfg, capability, dtype) else str(dtype).removeprefix("torch."), ""
+    yield "attention", choose_attention(cfg, capability, dtype), ""
+    try:
+        files = find_shards(cfg, "train_files")
+        plan = plan_run(cfg, files)
+        yield "training shards", f"{len(files)} found, {plan.shards} needed", ""
+    except UserError as error:
+        yield "training shards", "too few or broken", str(error)
+    try:
+        read_validation(cfg, world)
+        yield "validation tokens", f"{cfg.val_tokens:,}", ""
+    except UserError as error:
+        yield "validation tokens", "too few or broken", str(error)
+    free = shutil.disk_usage(ROOT).free / 2**30
+    yield "disk", f"{free:.1f} GiB free", "" if free > 1 else "free at least 1 GiB for logs and the compile cache"
+
+
+def all_reduce_row(world: World) -> tuple[str, str, str]:
+    """A 1 MB all-reduce, timed over 20 calls after 5."""
+    connect(world)
+    if world.size == 1:
+        return "all-reduce", "one process, none needed", ""
+    data = torch.ones(2**18, device=world.device)
+    for i in range(25):
+        if i == 5:
+            device_sync(world.device)
+            begin = time.perf_counter()
+        dist.all_reduce(data)
+    device_sync(world.device)
+    seconds = (time.perf_counter() - begin) / 20
+    return "all-reduce", f"1 MB in {1e6 * seconds:.0f} us, {data.nbytes / seconds / 1e9:.2f} GB/s", ""
+
+
+def check(cfg: Config, world: World) -> int:
+    """Prints what this machine has and what a run would need; 1 if something is missing."""
+    rows = [*check_rows(cfg, world), all_reduce_row(world)] if world.rank == 0 else [all_reduce_row(world)]
+    if world.rank == 0:
+        for what, found, remedy in rows:
+            print(f"{'ok ' if not remedy else 'BAD'}  {what:<18} {found}")
+        for what, _, remedy in rows:
+            if remedy:
+                print(f"remedy for {what}: {remedy}")
+    return int(world.rank == 0 and any(remedy for _, _, remedy in rows))
+
+
+def fail(sentence: str, code: int, everywhere: bool = False) -> int:
+    """Prints one sentence (on one process of a node, unless the trouble is this process's own) and returns code."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if everywhere or rank == 0:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def main(argv: list[str]) -> int:
+    """Runs a command line; returns the exit code. 2: bad input, 3: out of memory."""
+    if argv and argv[0] in ("help", "--help", "-h"):
+        print_help()
+        return 0
+    try:
+        commands = {"check": check, "fetch": fetch}
+        command, argv = (commands[argv[0]], argv[1:]) if argv and argv[0] in commands else (train, argv)
+        cfg = parse_options(argv)
+        return command(cfg, start_world(cfg)) or 0
+    except UserError as error:
+        return fail(str(error), 2)
+    except torch.OutOfMemoryError:
+        peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_host_mib()
+        return fail(f"out of GPU memory (peak {peak:,.0f} MiB): double slices= (now {cfg.slices}), which halves the "
+                    f"tokens of a micro-batch, or lower val_slice_tokens= (now {cfg.val_slice_tokens}); no setting of "
+                    "the optimization changes", 3, everywhere=True)
+    except KeyboardInterrupt:
+        return fail("interrupted; the log holds all steps so far", 130)
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    if code:  # without waiting for the other processes, who may never answer; torchrun ends them
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
