@@ -60,9 +60,11 @@ fi
 
 find_python requirements.txt
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -eq 0 ] && [[ " $*" != *" preset="* ]]; then
-    say "no GPU: training the smoke preset, a small model of the same code, on the CPU"
-    if [ "${1:-}" = check ]; then shift; set -- check preset=smoke "$@"; else set -- preset=smoke "$@"; fi
+check=
+if [ "${1:-}" = check ]; then check=1; shift; fi
+if [ "$gpus" -eq 0 ] && [[ " $*" != *" preset="* && "${1:-}" != *help ]]; then
+    say "no GPU: taking the smoke preset, a small model of the same code, on the CPU"
+    set -- preset=smoke "$@"
 fi
 nproc=1
 for n in 8 4 2; do
@@ -71,15 +73,24 @@ done
 nproc=${NPROC:-$nproc}
 [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc is not a number of processes: give 1, 2, 4 or 8"
 
-if [[ "${1:-}" != check && "${1:-}" != help ]]; then
+
+launch=("$PYTHON")
+if [ "${NNODES:-1}" -gt 1 ]; then
+    launch+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc"
+        --node_rank "${NODE_RANK:?give the number of this node, from 0}"
+        --master_addr "${MASTER_ADDR:?give the address of node 0}" --master_port "${MASTER_PORT:-29500}")
+elif [ "$nproc" -gt 1 ]; then
+    launch+=(-m torch.distributed.run --standalone --nproc_per_node "$nproc")
+fi
+if [ "${#launch[@]}" -gt 1 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
+
+if [ -n "$check" ]; then
+    code=0
+    "$PYTHON" tests/check_machine.py "$@" || code=$?
+    if [ "$code" -ne 2 ]; then "${launch[@]}" tests/check_machine.py all-reduce "$@" || code=1; fi
+    exit "$code"
+fi
+if [[ "${1:-}" != *help ]]; then
     "$PYTHON" train_gpt.py fetch "$@"  # checks the options and makes the preset's missing shards
 fi
-if [ "${NNODES:-1}" -gt 1 ]; then
-    exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc" \
-        --node_rank "${NODE_RANK:?give the number of this node, from 0}" \
-        --master_addr "${MASTER_ADDR:?give the address of node 0}" --master_port "${MASTER_PORT:-29500}" \
-        train_gpt.py "$@"
-elif [ "$nproc" -gt 1 ]; then
-    exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$nproc" train_gpt.py "$@"
-fi
-exec "$PYTHON" train_gpt.py "$@"
+exec "${launch[@]}" train_gpt.py "$@"

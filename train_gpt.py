@@ -4,7 +4,7 @@ Train a GPT-2-class model (124M active parameters) to 3.28 validation loss on Fi
     ./run.sh                                              8, 4, 2 or 1 GPUs, or the smoke preset on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py
     python train_gpt.py preset=smoke seed=1               one process, no torchrun
-    python train_gpt.py help                              every option; `check` prints what this machine has
+    python train_gpt.py help                              every option
 
 A step's tokens are eight fixed slices of the document stream, each one micro-batch; a process of rank r among w
 trains on slices r, r + w, ... so 1, 2, 4 and 8 processes compute the same sum, in a different order.
@@ -16,12 +16,10 @@ import datetime
 import difflib
 import functools
 import glob
-import importlib.util
 import json
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -137,8 +135,8 @@ SMOKE_STAGES = (
     Stage(2, 2048, 256, 96, 192, 1.41, ((1,), (1,)), tied=False),
 )
 
-# Table order is the order in which gradients are reduced; updates run from the last row to the first, so that the
-# large banks' gathers come last and hide nothing behind them. Multipliers: record #64.
+# Table order is the order in which gradients are reduced, parameters updated and gathered: each update runs while the
+# reductions of the rows below it are under way. Multipliers: record #64.
 PARAMS = {
     "attn_bank": Param("normuon", (1.0,), 1.0),
     "mlp_bank": Param("normuon", (1.0, 2.0), 1.0),  # up, down
@@ -736,6 +734,7 @@ class Optimizer:
         self.cfg, self.world = cfg, world
         self.wd_normuon, self.wd_adam = 1.2, 0.005
         self.state = {name: self.new_state(name) for name in self.params}
+        self.bank_rates = {name: self.new_rates(name) for name, row in PARAMS.items() if row.algorithm == "normuon"}
         self.small_rows = self.expand_small(model)
         wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f
         self.normuon_step, self.adam_step = wrap(normuon_step), wrap(adam_step)
@@ -760,6 +759,14 @@ class Optimizer:
         if p.dtype == torch.bfloat16:
             state["low"] = torch.zeros_like(p, dtype=torch.int16)
         return state
+
+    def new_rates(self, name: str) -> Tensor:
+        """(n, 1, 1) learning rate multipliers of this process's matrices: the table's, times sqrt(rows / columns) of
+        tall ones, which gives their outputs the step of a square matrix's."""
+        p, muls = self.own(name), PARAMS[name].lr_mul
+        rates = torch.tensor([muls[(self.world.rank * len(p) + i) % len(muls)] for i in range(len(p))])
+        shape_factor = max(1, p.size(1) / p.size(2)) ** 0.5
+        return (shape_factor * rates).to(p.device, torch.promote_types(p.dtype, torch.float32)).view(-1, 1, 1)
 
     def expand_small(self, model: GPT) -> dict[str, Tensor]:
         """One learning rate, decay and pair of betas for each element of the packed small parameters."""
@@ -799,7 +806,7 @@ class Optimizer:
         reduced = {name: (self.world.all_reduce if self.replicated(name) else self.world.reduce_scatter)
                    (self.params[name].grad) for name in due}
         gathers = []
-        for name in reversed(due):
+        for name in due:
             grad, work = reduced.pop(name)
             if work is not None:
                 work.wait()
@@ -816,13 +823,10 @@ class Optimizer:
         row, p, state = PARAMS[name], self.own(name), self.state[name]
         factor = lr_factor(self.cfg, step)
         if row.algorithm == "normuon":
-            first = self.world.rank * len(p)
-            muls = [row.lr_mul[i % len(row.lr_mul)] for i in range(first, first + len(p))]
             base = self.cfg.lr_normuon * factor
-            lr = self.small_constant(muls, p) * (base * max(1, p.size(1) / p.size(2)) ** 0.5)
-            decay = lr * (self.wd_normuon * row.wd_mul * base)
-            self.normuon_step(p, grad, **{"low": None, **state}, lr=lr, decay=decay,
-                              mu=torch.tensor(momentum(self.cfg, step)))
+            lr = self.bank_rates[name] * base
+            self.normuon_step(p, grad, state["momentum_buffer"], state["second"], state.get("low"), lr,
+                              lr * (self.wd_normuon * row.wd_mul * base), torch.tensor(momentum(self.cfg, step)))
             return
         state["count"] += 1
         lr = self.cfg.lr_adam * factor
@@ -835,13 +839,6 @@ class Optimizer:
             lr = torch.tensor(lr * row.lr_mul[0])
             self.adam_step(p, grad, **state, lr=lr, decay=lr * lr * (self.wd_adam * row.wd_mul),
                            beta1=row.betas[0], beta2=row.betas[1])
-
-    @functools.cache  # noqa: B019  one entry a bank, for the life of the run
-    def _constant(self, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, device=self.world.device, dtype=dtype).view(-1, 1, 1)
-
-    def small_constant(self, values: list[float], p: Tensor) -> Tensor:
-        return self._constant(tuple(values), torch.promote_types(p.dtype, torch.float32))
 
 
 ########################################
@@ -981,7 +978,7 @@ def plan_run(cfg: Config, files: list[Path]) -> Plan:
         needed = max(len(files) + 1, math.ceil(len(files) * scheduled / max(1, trained)))
         raise UserError(f"the schedule of {cfg.last_step} steps needs about {needed} shards ({scheduled:,} tokens in "
                         f"whole documents), found {len(files)} that last {trained:,} tokens at train_files="
-                        f"{cfg.train_files!r}: {more_shards(cfg, needed)} or shorten the run with stop_after=") from None
+                        f"{cfg.train_files!r}: {more_shards(cfg, needed)} or shorten it with stop_after=") from None
     finally:
         stream.close()
     return Plan(stream.opened, documents, trained)
@@ -1214,7 +1211,7 @@ class Console:
 
     def __init__(self, cfg: Config, rank: int):
         self.cfg, self.quiet = cfg, rank != 0
-        self.bar, self.loss, self.done = None, float("nan"), 0
+        self.bar, self.loss = None, "..."
         self.terminal = sys.stderr.isatty()
         self.every = max(cfg.log_every, cfg.last_step // 20)
 
@@ -1231,11 +1228,11 @@ class Console:
         """After step number `step` (from 1), `tokens` tokens and `seconds` of training."""
         rate = tokens / max(seconds, 1e-9)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f} tok/s", refresh=False)
+            self.bar.set_postfix_str(f"loss {self.loss}, {rate:,.0f} tok/s", refresh=False)
             self.bar.update(step - self.bar.n)
         elif not self.quiet and step % self.every == 0:
             left = seconds / step * (self.cfg.last_step - step)
-            self.say(f"step {step}/{self.cfg.last_step}  train_loss {self.loss:.4f}  {rate:,.0f} tok/s  "
+            self.say(f"step {step}/{self.cfg.last_step}  train_loss {self.loss}  {rate:,.0f} tok/s  "
                      f"{seconds:.1f} s, about {left:.0f} s left")
 
     def stop(self) -> None:
@@ -1340,8 +1337,7 @@ class Trainer:
     @torch.no_grad()
     def warm_up(self, plan: Plan, validation: Validation, console: Console) -> None:
         """Runs every graph that the run needs (each stage with and without Adam, each validation view) on made-up
-        tokens, then puts back every bit of state. Outside the clock; no training or validation token is seen."""
-        saved = {name: tensor.clone() for name, tensor in self.state().items()}
+        tokens, then puts every bit of state back to its start. Outside the clock; sees no token of the data."""
         begin, last = time.perf_counter(), stage_at(self.cfg, max(0, self.cfg.last_step - 1))
         starts = [0, *stage_ends(self.cfg)[:-1]]
         for i, start in enumerate(starts[:last + 1]):
@@ -1358,16 +1354,14 @@ class Trainer:
                 self.train_step(start + 1 - start % 2 if start + 1 < stage_ends(self.cfg)[i] else start, batches)
             if self.cfg.val_every or i == last:
                 tokens, table = (len(x) for x in validation.slices[0])
-                dummy = Batch(*(torch.from_numpy(x) for x in made_up_batch(draw, tokens - 1, 1, table - 1)))
+                documents = -(-tokens // validation.max_doc)
+                dummy = Batch(*(torch.from_numpy(x) for x in made_up_batch(draw, tokens - 1, documents, table - 1)))
                 self.evaluate(start, Validation([dummy], validation.max_doc))
                 if i == last and self.cfg.last_step == self.cfg.total_steps:
                     self.evaluate(self.cfg.total_steps, Validation([dummy], validation.max_doc))
             device_sync(self.world.device)
             console.say(f"warm-up: stage {i + 1} of {last + 1} ready after {time.perf_counter() - begin:.0f} s")
-        self.optimizer.clear_grads()
-        for name, tensor in self.state().items():
-            tensor.copy_(saved[name])
-        self.stage = -1
+        self.reset(self.cfg.seed)
         self.world.barrier()
 
 
@@ -1470,9 +1464,11 @@ def flush_losses(pending: deque, log: Log, console: Console, wait: bool = False)
         step, seconds, loss, arrived = pending.popleft()
         if arrived is not None:
             arrived.synchronize()
-        console.loss = loss.item()
-        log.write(f"step:{step}/{console.cfg.total_steps} train_loss:{console.loss:.4f} "
-                  f"train_time:{1e3 * seconds:.0f}ms")
+        console.loss = f"{loss.item():.4f}"
+        log.write(f"step:{step}/{console.cfg.total_steps} train_loss:{console.loss} train_time:{1e3 * seconds:.0f}ms")
+        if not math.isfinite(loss.item()):
+            raise UserError(f"train_loss is {console.loss} at step {step}: the run has diverged; lower lr_normuon= "
+                            f"(now {console.cfg.lr_normuon}) or lr_adam= (now {console.cfg.lr_adam})")
 
 
 ########################################
@@ -1528,6 +1524,8 @@ def train(cfg: Config, world: World) -> None:
     with clock.region("compilation and warm-up"):
         trainer.reset(cfg.seed)
         trainer.warm_up(plan, validation, console)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
     results = []
     for trial in range(cfg.trials):
         if trial:
@@ -1568,66 +1566,6 @@ def fetch(cfg: Config, world: World) -> int:
     return subprocess.run([sys.executable, *cfg.fetch.split()[1:]], cwd=ROOT).returncode if own and cfg.fetch else 0
 
 
-def check_rows(cfg: Config, world: World):
-    """(what, found, remedy or '') for each thing a run needs; yields as it finds them."""
-    version = sys.version_info
-    yield "python", platform.python_version(), "" if version >= (3, 11) else "install Python 3.11 or newer"
-    yield "torch", torch.__version__, ("" if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
-                                       else "pip install -r requirements.txt")
-    if world.device.type == "cuda":
-        yield "CUDA", str(torch.version.cuda), ""
-        yield "driver", shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0], ""
-        yield "triton", importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else \
-            "absent", "" if importlib.util.find_spec("triton") else "pip install -r requirements.txt"
-    yield "device", f"{torch.cuda.device_count() or 1}x {gpu_description(world.device)}", ""
-    capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
-    dtype = choose_dtype(cfg, capability)
-    yield "dtype", str(dtype).removeprefix("torch."), ""
-    yield "head", "fp8" if choose_fp8(cfg, capability, dtype) else str(dtype).removeprefix("torch."), ""
-    yield "attention", choose_attention(cfg, capability, dtype), ""
-    try:
-        files = find_shards(cfg, "train_files")
-        plan = plan_run(cfg, files)
-        yield "training shards", f"{len(files)} found, {plan.shards} needed", ""
-    except UserError as error:
-        yield "training shards", "too few or broken", str(error)
-    try:
-        read_validation(cfg, world)
-        yield "validation tokens", f"{cfg.val_tokens:,}", ""
-    except UserError as error:
-        yield "validation tokens", "too few or broken", str(error)
-    free = shutil.disk_usage(ROOT).free / 2**30
-    yield "disk", f"{free:.1f} GiB free", "" if free > 1 else "free at least 1 GiB for logs and the compile cache"
-
-
-def all_reduce_row(world: World) -> tuple[str, str, str]:
-    """A 1 MB all-reduce, timed over 20 calls after 5."""
-    connect(world)
-    if world.size == 1:
-        return "all-reduce", "one process, none needed", ""
-    data = torch.ones(2**18, device=world.device)
-    for i in range(25):
-        if i == 5:
-            device_sync(world.device)
-            begin = time.perf_counter()
-        dist.all_reduce(data)
-    device_sync(world.device)
-    seconds = (time.perf_counter() - begin) / 20
-    return "all-reduce", f"1 MB in {1e6 * seconds:.0f} us, {data.nbytes / seconds / 1e9:.2f} GB/s", ""
-
-
-def check(cfg: Config, world: World) -> int:
-    """Prints what this machine has and what a run would need; 1 if something is missing."""
-    rows = [*check_rows(cfg, world), all_reduce_row(world)] if world.rank == 0 else [all_reduce_row(world)]
-    if world.rank == 0:
-        for what, found, remedy in rows:
-            print(f"{'ok ' if not remedy else 'BAD'}  {what:<18} {found}")
-        for what, _, remedy in rows:
-            if remedy:
-                print(f"remedy for {what}: {remedy}")
-    return int(world.rank == 0 and any(remedy for _, _, remedy in rows))
-
-
 def fail(sentence: str, code: int, everywhere: bool = False) -> int:
     """Prints one sentence (on one process of a node, unless the trouble is this process's own) and returns code."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -1642,8 +1580,7 @@ def main(argv: list[str]) -> int:
         print_help()
         return 0
     try:
-        commands = {"check": check, "fetch": fetch}
-        command, argv = (commands[argv[0]], argv[1:]) if argv and argv[0] in commands else (train, argv)
+        command, argv = (fetch, argv[1:]) if argv and argv[0] == "fetch" else (train, argv)
         cfg = parse_options(argv)
         return command(cfg, start_world(cfg)) or 0
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Trains the tiny configuration and writes what happened: python parallel_worker.py SHARDS OUT DTYPE (or by torchrun)."""
+"""Trains the tiny configuration and writes what happened: parallel_worker.py SHARDS OUT DTYPE, alone or by torchrun."""
 import sys
 from pathlib import Path
 

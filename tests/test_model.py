@@ -1,0 +1,224 @@
+"""The operations and the model mean what their docstrings say, on every path."""
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_SHAPE, tiny_config
+
+import train_gpt
+from train_gpt import GPT, View
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+VIEW = View(short=5, long=9, scale=0.2, tied=True)
+
+
+def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def dense_attention(q, k, v, cu_seqlens, window, scale):
+    """Softmax over every pair, written out: the definition."""
+    total = len(q)
+    document = torch.zeros(total, dtype=torch.long)
+    for start in cu_seqlens.tolist()[1:]:
+        document[min(start, total):] += 1
+    i, j = torch.arange(total)[:, None], torch.arange(total)[None]
+    seen = (j <= i) & (i - j <= window) & (document[:, None] == document[None])
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+@pytest.mark.parametrize("starts", [[0], [0, 1, 2, 9, 30, 31], [0, 7, 7, 20]])
+@pytest.mark.parametrize("window", [1, 4, 100])
+@pytest.mark.parametrize("block", [1, 8, 64])
+def test_reference_attention_is_the_masked_softmax(starts, window, block):
+    torch.manual_seed(0)
+    total = 37
+    q, k, v = (torch.randn(total, 3, 4, dtype=torch.float64) for _ in range(3))
+    table = torch.tensor([*starts, total, total], dtype=torch.int32)
+    out = train_gpt.attention_reference(q, k, v, table, total, window, 0.3, block=block)
+    assert relative_error(out, dense_attention(q, k, v, table, window, 0.3)) < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs a GPU")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("window", [1, 128, 384, 5000])
+def test_varlen_attention_is_the_reference_forward_and_backward(window, head_dim):
+    torch.manual_seed(0)
+    total, starts = 4096, [0, 1, 130, 131, 1500, 2048, 4000]
+    table = torch.tensor([*starts, total, total, total], dtype=torch.int32, device="cuda")
+    inputs = [torch.randn(total, 6, head_dim, device="cuda").bfloat16() for _ in range(3)]
+    upstream = torch.randn(total, 6, head_dim, device="cuda")
+
+    def run(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        out = function(*leaves, table, 2048, window, 0.1)
+        return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+
+    for ours, reference in zip(run(train_gpt.attention_varlen, torch.bfloat16),
+                               run(train_gpt.attention_reference, torch.float32), strict=True):
+        assert relative_error(ours, reference) < 1e-2
+
+
+def test_rotation_depends_on_the_distance_only_and_leaves_half_of_the_channels():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 16, dtype=torch.float64)
+    cos, sin = (x.double() for x in train_gpt.rotary_tables(tiny_config_of(64), 0, 50, "cpu", torch.float64))
+
+    def score(i, j):
+        return (train_gpt.rotate(q, cos[i:i + 1], sin[i:i + 1]) * train_gpt.rotate(k, cos[j:j + 1], sin[j:j + 1])).sum()
+
+    assert torch.allclose(score(9, 4), score(25, 20), rtol=1e-5)
+    assert not torch.allclose(score(9, 4), score(9, 5), rtol=1e-3)
+    turned = train_gpt.rotate(q, cos[9:10], sin[9:10])
+    assert torch.equal(turned[..., 8:], q[..., 8:]) and torch.allclose(turned.norm(), q.norm())
+
+
+def tiny_config_of(head_dim: int) -> train_gpt.Config:
+    return dataclasses.replace(train_gpt.Config(), shape=TINY_SHAPE._replace(head_dim=head_dim // 4))
+
+
+def test_shifted_keys_carry_the_still_half_of_the_token_before():
+    k = torch.arange(24.).view(3, 2, 4)
+    shifted = train_gpt.shift_key(k)
+    assert torch.equal(shifted[..., :2], k[..., :2])
+    assert torch.equal(shifted[1:, :, 2:], k[:-1, :, 2:]) and torch.equal(shifted[0], k[0])
+
+
+def test_bigram_hash_is_the_records_formula():
+    tokens = torch.tensor([50256, 3, 50255, 17], dtype=torch.int32)
+    rows = train_gpt.bigram_hash(tokens, 251_520)
+    expected = [251_519] + [((36313 * a) ^ (27191 * b)) % 251_519 for b, a in zip(tokens.tolist(), tokens.tolist()[1:],
+                                                                                 strict=False)]
+    assert rows.tolist() == expected and rows.dtype == torch.int32
+
+
+def test_yarn_scales_are_the_records():
+    scales = [train_gpt.yarn(train_gpt.Config(), stage)[1] for stage in range(4)]
+    assert scales == pytest.approx([0.1, 0.11695, 0.12752, 0.13178], abs=1e-5)
+    slowest, fastest = train_gpt.yarn(train_gpt.Config(), 3)[0][[-1, 0]]
+    assert fastest == 1 and slowest == pytest.approx(1 / 1024 * 384 / 1664)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_head_loss_has_the_gradient_of_the_plain_formula(device):
+    torch.manual_seed(0)
+    x = train_gpt.rms_norm(torch.randn(32, 16, device=device, dtype=torch.float64)).requires_grad_()
+    w = torch.randn(64, 16, device=device, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 64, (32,), device=device)
+    weights = torch.tensor([1.0, 0.5, 0.25], device=device)
+    z = 23 * torch.sigmoid((x @ w.t() + 5) / 7.5)
+    plain = sum(weight * F.cross_entropy(z[:32 - k], targets[k:], reduction="sum")
+                for k, weight in enumerate(weights.tolist()))
+    expected = torch.autograd.grad(plain / 8, (x, w))
+    if device == "cuda":  # the kernel reads up to float32
+        x, w = (y.detach().float().requires_grad_() for y in (x, w))
+    loss = train_gpt.HeadLoss.apply(x, w, targets, weights, False)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    for ours, reference in zip(torch.autograd.grad(loss / 8, (x, w)), expected, strict=True):
+        assert relative_error(ours, reference) < (1e-12 if device == "cpu" else 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+                    reason="FP8 products need compute capability 8.9")
+def test_fp8_head_is_the_bf16_head_within_its_quantisation():
+    torch.manual_seed(0)
+    x = train_gpt.rms_norm(torch.randn(512, 768, device="cuda")).bfloat16()
+    w = (0.02 * torch.randn(50304, 768, device="cuda")).bfloat16()
+    targets, weights = torch.randint(0, 50257, (512,), device="cuda"), torch.tensor([1.0, 0.5], device="cuda")
+
+    def run(fp8):
+        leaves = [y.clone().requires_grad_() for y in (x, w)]
+        loss = train_gpt.HeadLoss.apply(*leaves, targets, weights, fp8)
+        return [loss, *torch.autograd.grad(loss / 8, leaves)]
+
+    (loss8, *grads8), (loss16, *grads16) = run(True), run(False)
+    assert relative_error(loss8, loss16) < 2e-3
+    for ours, reference in zip(grads8, grads16, strict=True):
+        assert relative_error(ours, reference) < 0.1
+
+
+def model_and_inputs(device="cpu", dtype=torch.float64, attention="reference", total=48):
+    model = GPT(TINY_SHAPE, dtype, attention).to(device)
+    model.init_weights(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # nothing at its initial zero, so that every path carries a signal
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=generator).to(p))
+    tokens = torch.randint(0, 50257, (total + 1,), generator=generator, dtype=torch.int32)
+    table = torch.tensor([0, 10, 11, 30, total, total], dtype=torch.int32)
+    rotary = train_gpt.rotary_tables(dataclasses.replace(train_gpt.Config(), shape=TINY_SHAPE), 0, 2 * total, device,
+                                     dtype)
+    return model, tokens.to(device), table.to(device), rotary
+
+
+def test_every_parameter_receives_a_gradient():
+    model, tokens, table, rotary = model_and_inputs()
+    train_gpt.slice_loss(model, tokens, table, 48, *rotary, VIEW._replace(tied=False), torch.ones(2), False).backward()
+    shapes = model.small_shapes
+    for name, p in {**dict(model.named_parameters()), **train_gpt.unpack(model.small.grad, shapes)}.items():
+        grad = p.grad if isinstance(p, torch.nn.Parameter) else p
+        assert grad is not None and grad.abs().sum() > 0, name
+
+
+def test_a_model_sees_no_later_token():
+    model, tokens, table, rotary = model_and_inputs()
+    changed = tokens.clone()
+    changed[25] = (changed[25] + 1) % 50257
+    before, after = (model(t[:-1], table, 48, *rotary, VIEW) for t in (tokens, changed))
+    assert torch.equal(before[:25], after[:25]) and not torch.equal(before[25], after[25])
+
+
+def test_attention_does_not_cross_documents():
+    """Only smear, the bigram and the shifted key look over a border, one token each; two tokens on, nothing does."""
+    model, tokens, table, rotary = model_and_inputs()
+    changed = tokens.clone()
+    changed[5] = (changed[5] + 1) % 50257  # inside the first document, which ends at 10
+    before, after = (model(t[:-1], table, 48, *rotary, VIEW) for t in (tokens, changed))
+    assert torch.equal(before[10:], after[10:]) and not torch.equal(before[5:10], after[5:10])
+
+
+def test_tied_models_embed_with_the_head():
+    model, tokens, table, rotary = model_and_inputs()
+    outputs = [model(tokens[:-1], table, 48, *rotary, VIEW._replace(tied=tied)) for tied in (True, False)]
+    assert not torch.equal(*outputs)
+    model.embed.data.copy_(model.head.data)
+    assert torch.equal(outputs[0], model(tokens[:-1], table, 48, *rotary, VIEW._replace(tied=False)))
+
+
+def test_initial_weights_depend_on_the_seed_alone():
+    first, second, other = (GPT(TINY_SHAPE, torch.float32, "reference") for _ in range(3))
+    first.init_weights(3)
+    torch.manual_seed(99)
+    second.init_weights(3)
+    other.init_weights(4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.head, other.head)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_gpu_path_is_the_cpu_path(shards):
+    """The real shape in bfloat16, compiled, FlashAttention and the loss kernel, against float32 on plain PyTorch."""
+    shape, total = train_gpt.GPT2_SHAPE, 1024
+    cfg = dataclasses.replace(tiny_config(shards), shape=shape, stages=train_gpt.GPT2_STAGES)
+    view = train_gpt.stage_view(cfg, 0)
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 50257, (total + 1,), dtype=torch.int32, device="cuda")
+    table = torch.tensor([0, 200, 201, 777, total, total], dtype=torch.int32, device="cuda")
+    losses, grads = [], []
+    for dtype, attention in ((torch.float32, "reference"), (torch.bfloat16, "varlen")):
+        model = GPT(shape, dtype, attention).cuda()
+        model.init_weights(0)
+        with torch.no_grad():
+            model.mlp_bank[1::2].normal_(0, 0.01, generator=torch.Generator("cuda").manual_seed(0))
+        rotary = train_gpt.rotary_tables(cfg, 0, 2 * total, "cuda", dtype)
+        step = torch.compile(train_gpt.slice_loss, dynamic=False, fullgraph=True) if attention == "varlen" else \
+            train_gpt.slice_loss
+        loss = step(model, tokens, table, 896, *rotary, view, torch.ones(1, device="cuda"), False)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    for name in grads[0]:  # the packed scalars' gradients are sums over all tokens that nearly cancel here
+        assert relative_error(grads[1][name], grads[0][name]) < (0.3 if name == "small" else 0.03), name

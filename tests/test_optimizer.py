@@ -1,0 +1,134 @@
+"""The optimizer's mathematics, and its books."""
+import pytest
+import torch
+from conftest import tiny_config
+
+import train_gpt
+from train_gpt import Optimizer, World
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48)])
+def test_polar_express_gives_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    out = train_gpt.polar_express(torch.randn(shape, dtype=torch.float64))
+    values = torch.linalg.svdvals(out)
+    assert values.min() > 0.85 and values.max() < 1.15
+    u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    assert (train_gpt.polar_express(u @ vh) - u @ vh).norm() / (u @ vh).norm() < 0.1
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 8), (2, 8, 24), (2, 8, 8)])
+def test_normuon_keeps_the_frobenius_norm_and_evens_out_the_rows(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape, dtype=torch.float64)
+    g[:, 0] *= 30
+    momentum, (n, rows, cols) = torch.zeros_like(g), shape
+    second = torch.zeros((n, rows, 1) if rows >= cols else (n, 1, cols), dtype=torch.float64)
+    mu = torch.tensor(0.9, dtype=torch.float64)
+    update = train_gpt.normuon_direction(g, momentum, second, mu, 0.95)
+    plain = train_gpt.polar_express(g * (1 - mu) * (1 + mu))  # the first Nesterov step
+    assert torch.allclose(update.norm(dim=(1, 2)), plain.norm(dim=(1, 2)), rtol=1e-6)
+    assert torch.allclose(momentum, 0.1 * g)
+    sizes = update.norm(dim=-1 if rows >= cols else -2)
+    assert (sizes.amax(1) / sizes.amin(1)).max() < 1.0001  # after one step the running mean is this step's
+
+
+def test_weights_decay_only_where_the_update_agrees_in_sign():
+    torch.manual_seed(0)
+    p, g = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
+    buffers = [torch.zeros(2, 8, 8), torch.zeros(2, 8, 1)]
+    update = train_gpt.normuon_direction(g, *[b.clone() for b in buffers], torch.tensor(0.9), 0.95)
+    out, lr, decay = p.clone(), torch.full((2, 1, 1), 0.1), torch.full((2, 1, 1), 0.01)
+    train_gpt.normuon_step(out, g, *buffers, None, lr, decay, torch.tensor(0.9))
+    expected = p - 0.1 * update - torch.where(update * p >= 0, 0.01 * p, 0.0)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_the_mantissa_side_car_makes_bfloat16_weights_float32():
+    torch.manual_seed(0)
+    x = torch.randn(1000) * 10.0 ** torch.randint(-20, 20, (1000,))
+    high, low = train_gpt.split_float(x)
+    assert high.dtype == torch.bfloat16 and low.dtype == torch.int16
+    assert torch.equal(train_gpt.join_float(high, low), x)
+
+
+def test_a_bfloat16_bank_follows_the_float32_bank_over_many_small_steps():
+    torch.manual_seed(0)
+    start = torch.randn(1, 8, 8).bfloat16()
+    wide, narrow, low = start.float(), start.clone(), torch.zeros(1, 8, 8, dtype=torch.int16)
+    buffers = [(torch.zeros(1, 8, 8), torch.zeros(1, 8, 1)) for _ in range(2)]
+    lr, mu = torch.full((1, 1, 1), 1e-4), torch.tensor(0.9)
+    for _ in range(50):
+        g = torch.randn(1, 8, 8).bfloat16().float()
+        update = train_gpt.normuon_direction(g, *buffers[0], mu, 0.95)
+        wide -= lr * update
+        train_gpt.normuon_step(narrow, g, *buffers[1], low, lr, 0 * lr, mu)
+    assert torch.allclose(train_gpt.join_float(narrow, low), wide, atol=1e-6)
+
+
+def test_adam_is_torchs_adam_without_decay():
+    torch.manual_seed(0)
+    p, q = torch.nn.Parameter(torch.randn(5, 3)), torch.randn(5, 3)
+    q.copy_(p.data)
+    theirs = torch.optim.Adam([p], lr=0.01, betas=(0.7, 0.95), eps=1e-10)
+    m, v = torch.zeros_like(q), torch.zeros_like(q)
+    for count in range(1, 6):
+        p.grad = torch.randn(5, 3)
+        train_gpt.adam_step(q, p.grad, m, v, torch.tensor(float(count)), torch.tensor(0.01), torch.tensor(0.0), 0.7,
+                            0.95)
+        theirs.step()
+    assert torch.allclose(p.data, q, rtol=1e-5, atol=1e-7)
+
+
+def optimizer_with_grads(shards, step):
+    cfg = tiny_config(shards)
+    model = train_gpt.GPT(cfg.shape, torch.float32, "reference")
+    model.init_weights(0)
+    optimizer = Optimizer(model, cfg, ALONE, compiled=False)
+    torch.manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    return model, optimizer
+
+
+def test_adams_parameters_move_on_odd_steps_and_keep_their_gradient_on_even_ones(shards):
+    for step in (0, 1):
+        model, optimizer = optimizer_with_grads(shards, step)
+        before = {name: p.data.clone() for name, p in model.named_parameters()}
+        optimizer.step(step)
+        for name, p in model.named_parameters():
+            moves = train_gpt.PARAMS[name].algorithm == "normuon" or step % 2 == 1
+            assert torch.equal(p.data, before[name]) != moves, name
+            assert (p.grad is None) == moves, name
+
+
+def test_untying_gives_the_embedding_the_heads_values_and_moments(shards):
+    model, optimizer = optimizer_with_grads(shards, 1)
+    optimizer.step(1)
+    assert not torch.equal(model.embed, model.head)
+    optimizer.untie()
+    assert torch.equal(model.embed, model.head)
+    assert all(torch.equal(optimizer.state["embed"][key], optimizer.state["head"][key]) for key in ("m", "v", "count"))
+
+
+def test_each_matrix_of_a_bank_has_its_rate(shards):
+    """Up 1 and down 2, times sqrt(rows / columns); padding matrices, whose gradient is zero, stay zero."""
+    model, optimizer = optimizer_with_grads(shards, 0)
+    model.mlp_bank.data.zero_()
+    model.mlp_bank.grad[1] = model.mlp_bank.grad[0]
+    model.attn_bank.grad[12:] = 0
+    model.attn_bank.data[12:] = 0
+    optimizer.step(0)
+    up, down = model.mlp_bank.data[:2].norm(dim=(1, 2))
+    assert down / up == pytest.approx(2, rel=1e-5)
+    assert model.attn_bank.data[12:].abs().max() == 0
+
+
+def test_the_tables_cover_every_parameter_once(shards):
+    cfg = tiny_config(shards)
+    for shape in (cfg.shape, train_gpt.SMOKE_SHAPE):
+        model = train_gpt.GPT(shape, torch.float32, "reference")
+        assert set(train_gpt.PARAMS) == {name for name, _ in model.named_parameters()}
+        assert list(train_gpt.SMALL_PARAMS) == list(model.small_shapes)
