@@ -266,6 +266,7 @@ def check_config(cfg: Config) -> None:
     for key in ("lr_normuon", "lr_adam", "lr_floor"):
         need(math.isfinite(getattr(cfg, key)) and getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must be a finite "
              f"number that is not negative: the default is {getattr(Config, key)}")
+    need(cfg.seed + cfg.trials <= 2**63, f"seed={cfg.seed} is too large: take one below 2**63")
     need(0 < cfg.cooldown <= 1, f"cooldown={cfg.cooldown} must be above 0 and at most 1")
     for key, choices in (("dtype", ("auto", "bfloat16", "float32", "float64")), ("fp8", ("auto", "on", "off")),
                          ("attention", ("auto", "varlen", "reference")), ("compile", ("auto", "on", "off"))):
@@ -867,7 +868,8 @@ def shard_tokens(path: Path) -> int:
     try:
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     except OSError as error:
-        raise UserError(f"cannot read shard {name}: {error.strerror}") from None
+        raise UserError(f"cannot read shard {name}: {error.strerror}; make it readable or give a glob without it") \
+            from None
     if len(header) < HEADER_INTS:
         raise UserError(f"shard {name} is {path.stat().st_size} bytes, shorter than its header: fetch it again")
     if header[0] != SHARD_MAGIC:
@@ -975,7 +977,8 @@ def plan_run(cfg: Config, files: list[Path]) -> Plan:
             trained += cfg.stages[i].tokens
     except OutOfTokens:
         scheduled = sum(cfg.stages[stage_at(cfg, step)].tokens for step in range(cfg.last_step))
-        needed = max(len(files) + 1, math.ceil(len(files) * scheduled / max(1, trained)))
+        lasted = trained or sum(map(shard_tokens, files))  # not one step: an estimate by size alone
+        needed = max(len(files) + 1, math.ceil(len(files) * scheduled / lasted))
         raise UserError(f"the schedule of {cfg.last_step} steps needs about {needed} shards ({scheduled:,} tokens in "
                         f"whole documents), found {len(files)} that last {trained:,} tokens at train_files="
                         f"{cfg.train_files!r}: {more_shards(cfg, needed)} or shorten it with stop_after=") from None
@@ -1101,31 +1104,31 @@ class Log:
         if self.path is None:
             return
         self.unwritten += text + "\n"
+        self.flush()
+
+    def flush(self) -> None:
         try:
+            if self.file.closed:
+                self.file = open(self.path, "a", buffering=1, encoding="utf-8")
             self.file.write(self.unwritten)
             self.file.flush()
             self.unwritten = ""
         except OSError as error:
-            self.reopen()
+            with contextlib.suppress(OSError):
+                self.file.close()  # drops what Python still buffers; the lines are in `unwritten`
             if not self.failed:
                 tqdm.write(f"warning: cannot write the log ({error.strerror}): its lines are kept in memory until "
                            "there is space", file=sys.stderr)
             self.failed = True
-
-    def reopen(self) -> None:
-        """Drops what Python still buffers; the lines are in `unwritten`."""
-        with contextlib.suppress(OSError):
-            self.file.close()
-        self.file = open(self.path, "a", buffering=1, encoding="utf-8")
 
     def close(self) -> None:
         """Raises UserError if lines are still unwritten; they are printed first, so nothing is lost."""
         if self.path is None:
             return
         if self.unwritten:
-            self.write("")
+            self.flush()
         if self.unwritten:
-            print(self.unwritten, flush=True)
+            print(self.unwritten, end="", flush=True)
             raise UserError(f"the log {os.path.relpath(self.path, ROOT)} could not be completed (disk full?): its "
                             "last lines are printed above; free some space")
         self.file.close()
@@ -1251,10 +1254,7 @@ class Trainer:
 
     def __init__(self, cfg: Config, world: World):
         self.cfg, self.world = cfg, world
-        capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
-        self.dtype = choose_dtype(cfg, capability)
-        self.attention = choose_attention(cfg, capability, self.dtype)
-        self.fp8 = choose_fp8(cfg, capability, self.dtype)
+        self.dtype, self.attention, self.fp8 = choose(cfg, world.device)
         self.compiled = {"on": True, "off": False, "auto": world.device.type == "cuda"}[cfg.compile]
         self.model = GPT(cfg.shape, self.dtype, self.attention).to(world.device)
         self.optimizer = Optimizer(self.model, cfg, world, self.compiled)
@@ -1395,6 +1395,13 @@ def choose_fp8(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> 
     return able and cfg.fp8 != "off"
 
 
+def choose(cfg: Config, device: torch.device) -> tuple[torch.dtype, str, bool]:
+    """dtype, attention and FP8 head on this device. Raises UserError for what it cannot do."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    dtype = choose_dtype(cfg, capability)
+    return dtype, choose_attention(cfg, capability, dtype), choose_fp8(cfg, capability, dtype)
+
+
 def run_trial(trainer: Trainer, cfg: Config, files: list[Path], plan: Plan, validation: Validation, clock: Clock,
               console: Console, log: Log, seed: int) -> dict:
     """Trains once, from the seed's initial weights to the last validation, and returns the result."""
@@ -1483,10 +1490,10 @@ def start_world(cfg: Config) -> World:
     if cfg.slices % size or 8 % size:
         raise UserError(f"{size} processes cannot share the 8 slices of a step evenly: start 1, 2, 4 or 8, "
                         "for example NPROC=4 ./run.sh")
-    gpus = torch.cuda.device_count()
-    if gpus and local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this node has no GPU, {gpus} found: start at most {gpus} processes a "
-                        f"node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if gpus and here > gpus:
+        raise UserError(f"{here} processes of this node need a GPU each, {gpus} found: start at most {gpus} processes "
+                        f"a node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
     return World(rank, local_rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
@@ -1508,6 +1515,7 @@ def new_log(cfg: Config, world: World) -> Log:
 
 
 def train(cfg: Config, world: World) -> None:
+    choose(cfg, world.device)  # now, so that what this machine cannot do leaves no log
     clock = Clock(world.device)
     console = Console(cfg, world.rank)
     with clock.region("check of shards"):
@@ -1567,10 +1575,12 @@ def fetch(cfg: Config, world: World) -> int:
 
 
 def fail(sentence: str, code: int, everywhere: bool = False) -> int:
-    """Prints one sentence (on one process of a node, unless the trouble is this process's own) and returns code."""
+    """Prints one sentence and returns code. Of several processes with the same trouble the first speaks: the others
+    wait, and torchrun ends them when it has gone; `everywhere`: the trouble is this process's own."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
-    if everywhere or rank == 0:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if rank and not everywhere:
+        time.sleep(10 + rank)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
     return code
 
 

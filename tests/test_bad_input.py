@@ -261,12 +261,9 @@ from conftest import tiny_config
 misfortune, shards, out, rank = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(os.environ["RANK"])
 train_step = train_gpt.Trainer.train_step
 
-def strike():
-    (out / "struck").write_text(str(time.time()))
-
 def unlucky_step(trainer, step, batches):
     if misfortune != "slow start" and step == 2 and rank == 1:
-        strike()
+        (out / "struck").touch()
         if misfortune == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -274,9 +271,9 @@ def unlucky_step(trainer, step, batches):
 
 train_gpt.Trainer.train_step = unlucky_step
 train_gpt.parse_options = lambda argv: tiny_config(shards, log_dir=str(out / "logs"))
-if misfortune == "slow start" and rank == 0:
-    strike()
-    time.sleep(2)
+if misfortune == "slow start":
+    (out / "struck").touch()
+    time.sleep(2 * (rank == 0))
 exec(textwrap.dedent(inspect.getsource(train_gpt).partition('if __name__ == "__main__":')[2]), vars(train_gpt))
 """
 
@@ -290,7 +287,7 @@ def run_unlucky(misfortune: str, processes: int, shards: Path, out: Path) -> tup
                           cwd=ROOT, text=True, capture_output=True, timeout=120,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
                                "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))})
-    return done, time.time() - float((out / "struck").read_text())
+    return done, time.time() - (out / "struck").stat().st_mtime
 
 
 def error_lines(text: str) -> list[str]:
@@ -385,6 +382,13 @@ def test_out_of_memory_names_the_settings_that_help_and_keeps_the_log(tiny_run, 
     assert_one_sentence(stderr, "out of GPU memory", "slices= (now 8)", "val_slice_tokens= (now 32)")
     log = read_log(tmp_path).splitlines()
     assert log[-1].startswith("step:2/14 train_loss:") and "seed:0" in log
+
+
+def test_a_run_that_diverges_stops_with_the_rates_to_lower_and_keeps_the_log(tiny_run, tmp_path):
+    code, _, stderr = tiny_run(lr_normuon=1e38, lr_adam=1e38)
+    assert code == 2
+    assert_one_sentence(stderr, "train_loss is nan at step", "lr_normuon= (now 1e+38)", "lr_adam= (now 1e+38)")
+    assert re.fullmatch(r"step:\d/14 train_loss:nan train_time:\d+ms", read_log(tmp_path).splitlines()[-1])
 
 
 def test_a_log_folder_that_cannot_be_made_is_refused_before_the_training(shards, tmp_path, capsys):
