@@ -1519,14 +1519,14 @@ def new_log(cfg: Config, world: World) -> Log:
 
 
 def train(cfg: Config, world: World) -> None:
-    choose(cfg, world.device)  # now, so that what this machine cannot do leaves no log
     clock = Clock(world.device)
     console = Console(cfg, world.rank)
     with clock.region("check of shards"):
         files = find_shards(cfg, "train_files")
         plan = plan_run(cfg, files)
         validation = read_validation(cfg, world)
-    log = new_log(cfg, world)  # now, so that an unwritable folder is known before the compilation
+    choose(cfg, world.device)  # what this machine cannot do, and
+    log = new_log(cfg, world)  # a folder that cannot be written, are known before the compilation
     with clock.region("process group and model"):
         connect(world)
         trainer = Trainer(cfg, world)
