@@ -1307,12 +1307,10 @@ class Trainer:
         view, max_doc = stage_view(self.cfg, stage), self.cfg.stages[stage].max_doc
         weights = mtp_weights(self.cfg, step)
         on_device = torch.tensor(weights, device="cpu").to(self.world.device, non_blocking=True)
-        # The mean over slices of the sum over tokens, kept at the first stage's size when the batch grows: Adam's moments
-        # carry over, and a gradient grown twofold with them unprepared lifts the loss by 0.3 (records/NOTES.md).
-        scale, total = self.cfg.stages[0].tokens / self.cfg.stages[stage].tokens / self.cfg.slices, 0.0
+        total = 0.0
         for batch in batches:
             loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary, view, on_device, self.fp8)
-            (loss * scale).backward()
+            (loss / self.cfg.slices).backward()
             total = total + loss.detach()
         self.optimizer.step(step)
         return total / (self.cfg.stages[stage].tokens * sum(weights))

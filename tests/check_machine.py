@@ -26,7 +26,8 @@ def software_rows(world: World):
         yield "CUDA", "no GPU: the smoke preset runs on the CPU", ""
         return
     yield "CUDA", str(torch.version.cuda), ""
-    yield "driver", train_gpt.shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0], ""
+    drivers = train_gpt.shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    yield "driver", drivers.split("\n")[0], ""
     triton = importlib.util.find_spec("triton")
     yield ("triton", importlib.import_module("triton").__version__ if triton else "absent: the loss kernel's place is "
            "taken by plain PyTorch", "" if triton else "pip install -r requirements.txt")
