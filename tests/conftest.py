@@ -66,8 +66,8 @@ def tiny_config(shards: Path, **changes) -> train_gpt.Config:
     return cfg
 
 
-def run_trainer(*args: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+def run_trainer(*args: str, processes: int = 1, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
     """train_gpt.py as a user starts it."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
     return subprocess.run([sys.executable, *launch, "train_gpt.py", *args], cwd=ROOT, text=True, capture_output=True,
-                          timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment})
+                          timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment})
