@@ -46,8 +46,9 @@ find_python() {
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         die "$("$base" --version) is too old for the pinned requirements: install Python 3.11 or newer"
     say "this Python has not all of $requirements: installing it into .venv (once, some minutes)"
-    [ -x .venv/bin/python ] || "$base" -m venv .venv ||
-        die "could not make .venv: install Python's venv module (on Debian and Ubuntu: apt install python3-venv)"
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear .venv ||
+        die "could not make .venv: see above; this folder must be writable, and Python's venv module installed (on" \
+            "Debian and Ubuntu: apt install python3-venv)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements" ||
         die "could not install $requirements: see pip's message above, check the network and the disk, run this again"
     PYTHON="$PWD/.venv/bin/python"
@@ -68,25 +69,33 @@ fi
 find_python requirements.txt
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -eq 0 ]; then cpu_settings; fi
-check=
-if [ "${1:-}" = check ]; then check=1; shift; fi
-if [ "$gpus" -eq 0 ] && [[ " $*" != *" preset="* && "${1:-}" != *help ]]; then
+check= help=
+case "${1:-}" in
+    check) check=1; shift ;;
+    help | --help | -h) help=1 ;;
+esac
+if [ "$gpus" -eq 0 ] && [ -z "$help" ] && [[ " $*" != *" preset="* ]]; then
     say "no GPU: taking the smoke preset, a small model of the same code, on the CPU"
     set -- preset=smoke "$@"
 fi
+nodes=${NNODES:-1}
 nproc=1
 for n in 8 4 2; do
     if [ "$gpus" -ge "$n" ]; then nproc=$n; break; fi
 done
 nproc=${NPROC:-$nproc}
-[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || die "NPROC=$nproc is not a number of processes: give 1, 2, 4 or 8"
-
+for setting in NNODES="$nodes" NPROC="$nproc"; do
+    [[ "${setting#*=}" =~ ^[1248]$ ]] || die "$setting: give 1, 2, 4 or 8, for a step's 8 slices to be shared evenly"
+done
+[ "$((nodes * nproc))" -le 8 ] ||
+    die "$nodes nodes of $nproc processes are more than a step's 8 slices: give NPROC=$((8 / nodes)) or fewer"
 
 launch=("$PYTHON")
-if [ "${NNODES:-1}" -gt 1 ]; then
-    launch+=(-m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$nproc"
-        --node_rank "${NODE_RANK:?give the number of this node, from 0}"
-        --master_addr "${MASTER_ADDR:?give the address of node 0}" --master_port "${MASTER_PORT:-29500}")
+if [ "$nodes" -gt 1 ]; then
+    [ -n "${NODE_RANK:-}" ] || die "NNODES=$nodes needs NODE_RANK: give the number of this node, from 0"
+    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: give the address of node 0"
+    launch+=(-m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$nproc" --node_rank "$NODE_RANK"
+        --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 elif [ "$nproc" -gt 1 ]; then
     launch+=(-m torch.distributed.run --standalone --nproc_per_node "$nproc")
 fi
@@ -98,7 +107,7 @@ if [ -n "$check" ]; then
     if [ "$code" -ne 2 ]; then "${launch[@]}" tests/check_machine.py all-reduce "$@" || code=1; fi
     exit "$code"
 fi
-if [[ "${1:-}" != *help ]]; then
+if [ -z "$help" ]; then
     "$PYTHON" train_gpt.py fetch "$@"  # checks the options and makes the preset's missing shards
 fi
 exec "${launch[@]}" train_gpt.py "$@"

@@ -8,7 +8,7 @@ Train a GPT-2-class model (124M active parameters) to 3.28 validation loss on Fi
 
 A step's tokens are eight fixed slices of the document stream, each one micro-batch; a process of rank r among w
 trains on slices r, r + w, ... so 1, 2, 4 and 8 processes compute the same sum, in a different order.
-Importing this file starts nothing. Budget: 1,600 lines, functions of at most 60 lines (forward: 110).
+Importing this file starts nothing. Budget: 1,650 lines, functions of at most 60 lines (forward: 110).
 """
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -39,6 +40,7 @@ from tqdm import tqdm
 from triton_kernels import softcapped_cross_entropy
 
 ROOT = Path(__file__).resolve().parent
+SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("train_gpt.py", "triton_kernels.py")}  # what runs
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the format of kjj0/fineweb10B-gpt2
 BOS = 50256  # GPT-2's end-of-text token; it stands before every document
 VOCAB = 50257
@@ -83,7 +85,7 @@ class Shape(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One row a stage. Windows count the tokens a query sees before itself."""
+    """One row a stage. Windows count the tokens a query sees before itself; in paired layers, half as many."""
     end: float                    # fraction of the scheduled steps at which the stage ends; above 1: the extension
     tokens: int                   # tokens a step, over all slices
     max_doc: int                  # documents are cut at this length
@@ -169,7 +171,7 @@ def knob(default, doc: str):
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting. Those with a doc can be given as key=value; the others are tables that a preset chooses."""
-    preset: str = knob("official", "official, corpus (128M tokens of local English text) or smoke (a CPU in minutes)")
+    preset: str = knob("official", "official, corpus (129M tokens that you bring) or smoke (a CPU in minutes)")
     name: str = knob("", "name of the run in the log's path; default: the preset")
     seed: int = knob(0, "seed of the initial weights; trial k uses seed + k")
     trials: int = knob(1, "compile once, then train this many times")
@@ -266,6 +268,8 @@ def check_config(cfg: Config) -> None:
     for key in ("lr_normuon", "lr_adam", "lr_floor"):
         need(math.isfinite(getattr(cfg, key)) and getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must be a finite "
              f"number that is not negative: the default is {getattr(Config, key)}")
+    need(re.fullmatch(r"\w[\w.+-]{0,99}", cfg.name), f"name={cfg.name!r} cannot name a folder: take letters "
+         "and digits, with _ . + - between them, at most 100")
     need(cfg.seed + cfg.trials <= 2**63, f"seed={cfg.seed} is too large: take one below 2**63")
     need(0 < cfg.cooldown <= 1, f"cooldown={cfg.cooldown} must be above 0 and at most 1")
     for key, choices in (("dtype", ("auto", "bfloat16", "float32", "float64")), ("fp8", ("auto", "on", "off")),
@@ -850,16 +854,26 @@ class Optimizer:
 def find_shards(cfg: Config, what: str) -> list[Path]:
     """Files of a glob (relative to this file unless absolute), sorted. Raises UserError when there is none."""
     pattern = getattr(cfg, what)
-    files = sorted(Path(f) for f in glob.glob(str(ROOT / pattern)))
+    files = sorted(ROOT / f for f in glob.glob(pattern, root_dir=ROOT)) if pattern else []
     if not files:
         raise UserError(f"no shard matches {what}={pattern!r}: {more_shards(cfg)} or name your own with {what}=")
     return files
 
 
+def own_shards(cfg: Config) -> bool:
+    """Whether the globs are the preset's, so that its fetch command makes what they miss."""
+    preset = PRESETS[cfg.preset]
+    return bool(cfg.fetch) and all(getattr(cfg, key) == preset.get(key, getattr(Config, key))
+                                   for key in ("train_files", "val_files"))
+
+
 def more_shards(cfg: Config, needed: int = 0) -> str:
     """What to do for shards that are missing."""
-    command = cfg.fetch.replace(" 9", f" {needed}") if needed > 9 else cfg.fetch
-    return f"run `{command}`" if command else "put token shards there (data/README.md)"
+    if not own_shards(cfg):
+        return "put more token shards there (data/README.md)"
+    active = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
+    command = cfg.fetch.replace("python", "python" if active else os.path.relpath(sys.executable, ROOT), 1)
+    return f"run `{command.replace(' 9', f' {needed}') if needed > 9 else command}`"
 
 
 def shard_tokens(path: Path) -> int:
@@ -891,8 +905,9 @@ class Shard(NamedTuple):
     lengths: np.ndarray  # (M,) int64
 
 
-def read_shard(path: Path) -> Shard:
-    """A shard and where its documents begin; tokens before the first BOS belong to no document here."""
+def read_shard(path: Path, first: bool = True) -> Shard:
+    """A shard and where its documents begin; tokens before the first BOS belong to a document of the shard before, and
+    that may be all of them unless this is the first."""
     count = shard_tokens(path)
     tokens = np.fromfile(path, dtype="<u2", count=count, offset=4 * HEADER_INTS)
     largest = int(tokens.max(initial=0))
@@ -900,7 +915,7 @@ def read_shard(path: Path) -> Shard:
         raise UserError(f"shard {os.path.relpath(path, ROOT)} holds token id {largest}, GPT-2's vocabulary ends at "
                         f"{VOCAB - 1}: tokenise it again with GPT-2's vocabulary")
     starts = np.flatnonzero(tokens == BOS)
-    if not len(starts):
+    if first and not len(starts):
         raise UserError(f"shard {os.path.relpath(path, ROOT)} holds no document start (token {BOS}): "
                         "tokenise it again with that token before each document")
     return Shard(tokens, starts, np.diff(starts, append=count))
@@ -927,7 +942,7 @@ class DocumentStream:
             raise OutOfTokens
         self.shard, self.document, self.sums = self.upcoming.result(), 0, {}
         self.opened += 1
-        self.upcoming = (self.reader.submit(read_shard, self.files[self.opened])
+        self.upcoming = (self.reader.submit(read_shard, self.files[self.opened], first=False)
                          if self.opened < len(self.files) else None)
 
     def take(self, count: int, max_doc: int, want: bool = True) -> tuple[np.ndarray | None, np.ndarray]:
@@ -937,7 +952,7 @@ class DocumentStream:
         next shard where one ends. Raises OutOfTokens after the last."""
         pieces, starts, filled = [], [], 0
         while filled < count:
-            if self.document == len(self.shard.starts):
+            while self.document == len(self.shard.starts):
                 self.open_next()
             if max_doc not in self.sums:
                 self.sums[max_doc] = np.concatenate(([0], np.cumsum(np.minimum(self.shard.lengths, max_doc))))
@@ -976,7 +991,9 @@ def plan_run(cfg: Config, files: list[Path]) -> Plan:
                 documents[i] = max(documents[i], len(starts))
             trained += cfg.stages[i].tokens
     except OutOfTokens:
-        scheduled = sum(cfg.stages[stage_at(cfg, step)].tokens for step in range(cfg.last_step))
+        ends = [min(end, cfg.last_step) for end in stage_ends(cfg)]
+        scheduled = sum(stage.tokens * (end - start) for stage, start, end in
+                        zip(cfg.stages, [0, *ends], ends, strict=False))
         lasted = trained or sum(map(shard_tokens, files))  # not one step: an estimate by size alone
         needed = max(len(files) + 1, math.ceil(len(files) * scheduled / lasted))
         raise UserError(f"the schedule of {cfg.last_step} steps needs about {needed} shards ({scheduled:,} tokens in "
@@ -1152,8 +1169,8 @@ def gpu_description(device: torch.device) -> str:
 
 def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
     """Everything needed to run this again: sources, versions, machine, git state, configuration."""
-    for name in ("train_gpt.py", "triton_kernels.py"):
-        log.write(f"{'=' * 100}\nsource: {name}\n{'=' * 100}\n{(ROOT / name).read_text(encoding='utf-8')}")
+    for name, source in SOURCES.items():
+        log.write(f"{'=' * 100}\nsource: {name}\n{'=' * 100}\n{source}")
     world = trainer.world
     versions = {name: getattr(sys.modules.get(name), "__version__", "absent") for name in ("torch", "numpy", "triton")}
     log.write(f"{'=' * 100}\nenvironment\n{'=' * 100}")
@@ -1221,9 +1238,13 @@ class Console:
         self.every = max(cfg.log_every, cfg.last_step // 20)
 
     def say(self, text: str) -> None:
-        if not self.quiet:
+        if self.quiet:
+            return
+        try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough; the run and its log go on
+            sys.stdout, self.quiet = open(os.devnull, "w"), True
 
     def start(self) -> None:
         if not self.quiet and self.terminal:
@@ -1411,9 +1432,11 @@ def run_trial(trainer: Trainer, cfg: Config, files: list[Path], plan: Plan, vali
     with clock.region("initial weights"):
         trainer.reset(seed)
         pending, trained_tokens, val_loss = deque(), 0, float("nan")
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(world.device)
         world.barrier()
     begin = time.perf_counter()
-    clock.start()  # inside the clock: everything from opening the first shard on, except validation
+    clock.start()  # inside the clock: everything from here on, the reading of every shard included, except validation
     loader = Loader(cfg, world, files, plan)
     console.start()
     for step in range(steps + 1):
@@ -1426,6 +1449,8 @@ def run_trial(trainer: Trainer, cfg: Config, files: list[Path], plan: Plan, vali
                     f"step_avg:{1e3 * clock.read() / max(step, 1):.2f}ms")
             log.write(line)
             console.say(line)
+            if not math.isfinite(val_loss):
+                raise UserError(diverged(cfg, "val_loss", val_loss, step))
             if step == steps:
                 break
             clock.start()
@@ -1467,6 +1492,11 @@ def start_reading(world: World, loss: Tensor):
     return host, arrived
 
 
+def diverged(cfg: Config, what: str, loss: float, step: int) -> str:
+    return (f"{what} is {loss} at step {step}: the run has diverged; lower lr_normuon= (now {cfg.lr_normuon}) or "
+            f"lr_adam= (now {cfg.lr_adam})")
+
+
 def flush_losses(pending: deque, log: Log, console: Console, wait: bool = False) -> None:
     """Writes the train_loss lines whose losses have arrived."""
     while pending and (wait or pending[0][3] is None or pending[0][3].query()):
@@ -1476,8 +1506,7 @@ def flush_losses(pending: deque, log: Log, console: Console, wait: bool = False)
         console.loss = f"{loss.item():.4f}"
         log.write(f"step:{step}/{console.cfg.total_steps} train_loss:{console.loss} train_time:{1e3 * seconds:.0f}ms")
         if not math.isfinite(loss.item()):
-            raise UserError(f"train_loss is {console.loss} at step {step}: the run has diverged; lower lr_normuon= "
-                            f"(now {console.cfg.lr_normuon}) or lr_adam= (now {console.cfg.lr_adam})")
+            raise UserError(diverged(console.cfg, "train_loss", loss.item(), step))
 
 
 ########################################
@@ -1487,8 +1516,11 @@ def flush_losses(pending: deque, log: Log, console: Console, wait: bool = False)
 
 def start_world(cfg: Config) -> World:
     """This process's place among the others (torchrun's environment, or alone). Raises UserError."""
-    rank, local_rank, size = (int(os.environ.get(key, default)) for key, default in
-                              (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    given = {key: os.environ.get(key, default) for key, default in
+             (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(text.isdecimal() for text in given.values()) or int(given["WORLD_SIZE"]) < 1:
+        raise UserError(f"the environment has {given}: unset these, or start the run through ./run.sh")
+    rank, local_rank, size = map(int, given.values())
     if cfg.slices % size or 8 % size:
         raise UserError(f"{size} processes cannot share the 8 slices of a step evenly: start 1, 2, 4 or 8, "
                         "for example NPROC=4 ./run.sh")
@@ -1534,8 +1566,6 @@ def train(cfg: Config, world: World) -> None:
     with clock.region("compilation and warm-up"):
         trainer.reset(cfg.seed)
         trainer.warm_up(plan, validation, console)
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(world.device)
     results = []
     for trial in range(cfg.trials):
         if trial:
@@ -1571,9 +1601,7 @@ def print_help() -> None:
 
 def fetch(cfg: Config, world: World) -> int:
     """Makes the shards that the preset's own globs miss; does nothing for globs that the user gave."""
-    preset = PRESETS[cfg.preset]
-    own = all(getattr(cfg, key) == preset.get(key, getattr(Config, key)) for key in ("train_files", "val_files"))
-    return subprocess.run([sys.executable, *cfg.fetch.split()[1:]], cwd=ROOT).returncode if own and cfg.fetch else 0
+    return subprocess.run([sys.executable, *cfg.fetch.split()[1:]], cwd=ROOT).returncode if own_shards(cfg) else 0
 
 
 def fail(sentence: str, code: int, everywhere: bool = False) -> int:
@@ -1600,10 +1628,10 @@ def main(argv: list[str]) -> int:
     except torch.OutOfMemoryError:
         peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_host_mib()
         return fail(f"out of GPU memory (peak {peak:,.0f} MiB): double slices= (now {cfg.slices}), which halves the "
-                    f"tokens of a micro-batch, or lower val_slice_tokens= (now {cfg.val_slice_tokens}); no setting of "
-                    "the optimization changes", 3, everywhere=True)
+                    f"tokens of a micro-batch, or lower val_slice_tokens= (now {cfg.val_slice_tokens}); tokens a step "
+                    "and learning rates stay", 3, everywhere=True)
     except KeyboardInterrupt:
-        return fail("interrupted; the log holds all steps so far", 130)
+        return fail(f"interrupted; what was logged so far is under {cfg.log_dir}", 130)
 
 
 if __name__ == "__main__":

@@ -30,22 +30,23 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 def python_documents():
     """Return the documentation that ships with Python as a list of str: the topics of pydoc and the docstrings of each
-    module, in pieces of whole paragraphs. The pieces are short since training cuts documents at a few hundred bytes."""
+    module, one document each."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions leave it out
         topics = {}
-    texts = [topics[name] for name in sorted(topics)] + stdlib_docstrings(sysconfig.get_path("stdlib"))
-    return [piece for text in texts for piece in paragraphs(text)]
+    return [topics[name] for name in sorted(topics)] + stdlib_docstrings(sysconfig.get_path("stdlib"))
 
 
 def paragraphs(text, limit=600):
-    """Split text at empty lines into pieces of at most `limit` characters, or of one paragraph that is longer."""
+    """Split text at empty lines into pieces of at most `limit` characters; a longer paragraph is cut at that length."""
     pieces = [""]
     for paragraph in text.split("\n\n"):
-        if pieces[-1] and len(pieces[-1]) + 2 + len(paragraph) > limit:
-            pieces.append("")
-        pieces[-1] += ("\n\n" if pieces[-1] else "") + paragraph
+        for start in range(0, max(len(paragraph), 1), limit):
+            part = paragraph[start : start + limit]
+            if pieces[-1] and len(pieces[-1]) + 2 + len(part) > limit:
+                pieces.append("")
+            pieces[-1] += ("\n\n" if pieces[-1] else "") + part
     return pieces
 
 
@@ -205,15 +206,20 @@ def make_shards(texts, folder, shard_tokens=None, val_fraction=0.05, vocab=None)
 def parse_args(argv):
     parser = argparse.ArgumentParser(description="Make shards from text on this machine, without any download.")
     parser.add_argument("texts", nargs="*", help="text files or folders of them (default: Python's documentation)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "local_text", help="folder for the shards")
+    parser.add_argument("--out", type=Path, help="folder for the shards (default, for Python's own: data/local_text)")
     parser.add_argument("--shard-tokens", type=int, help="tokens a training shard (default 2,000,000, or half of all)")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of validation tokens (default 0.05); "
                         "at least 140,000 tokens are taken, up to half of all")  # fmt: skip
+    parser.add_argument("--pieces", type=int, default=600, help="characters a document, cut at empty lines where they "
+                        "allow; 0 keeps texts whole, of which training sees the first 96 to 2048 tokens (default 600)")  # fmt: skip
     parser.add_argument("--vocab", type=Path, help="GPT-2 ranks file (`base64 rank` lines), for the real BPE")
     parser.add_argument("--force", action="store_true", help="make the shards again though they are there")
     args = parser.parse_args(argv)
     if not 0 < args.val_fraction < 1:
         raise DataError(f"--val-fraction was {args.val_fraction}: give a number between 0 and 1", exit_code=2)
+    if args.texts and args.out is None:
+        raise DataError("texts of your own need a folder of their own: name it with --out", exit_code=2)
+    args.out = args.out or Path(__file__).parent / "local_text"
     if args.shard_tokens is not None and args.shard_tokens < 1:
         raise DataError(f"--shard-tokens was {args.shard_tokens}: give a number of at least 1", exit_code=2)
     return args
@@ -225,6 +231,8 @@ def main(argv=None):
         print(f"{len(paths)} whole shards are already in {args.out}: nothing to do (--force makes them again)")
         return
     texts = file_documents(args.texts) if args.texts else python_documents()
+    if args.pieces:
+        texts = [piece for text in texts for piece in paragraphs(text, args.pieces)]
     print(make_shards(texts, args.out, args.shard_tokens, args.val_fraction, args.vocab))
 
 

@@ -1,4 +1,5 @@
 """What this machine has, what that switches, and what a run would miss: ./run.sh check [key=value ...]."""
+import glob
 import importlib.util
 import os
 import platform
@@ -47,19 +48,26 @@ def hardware_rows(cfg: Config, world: World):
     yield "other matrices", name, ""
 
 
+def disk_rows():
+    free = shutil.disk_usage(train_gpt.ROOT).free / 2**30
+    yield "disk", f"{free:.1f} GiB free", "" if free > 1 else "free at least 1 GiB for logs and the compile cache"
+
+
 def data_rows(cfg: Config, world: World):
     try:
         files = train_gpt.find_shards(cfg, "train_files")
         yield "training shards", f"{len(files)} found, {train_gpt.plan_run(cfg, files).shards} needed", ""
     except UserError as error:
+        missing = train_gpt.own_shards(cfg) and not glob.glob(cfg.train_files, root_dir=train_gpt.ROOT)
+        if missing:
+            yield "shards", f"none yet: ./run.sh makes them first ({cfg.fetch})", ""
+            return
         yield "training shards", "too few or broken", str(error)
     try:
         train_gpt.read_validation(cfg, world)
         yield "validation tokens", f"{cfg.val_tokens:,}", ""
     except UserError as error:
         yield "validation tokens", "too few or broken", str(error)
-    free = shutil.disk_usage(train_gpt.ROOT).free / 2**30
-    yield "disk", f"{free:.1f} GiB free", "" if free > 1 else "free at least 1 GiB for logs and the compile cache"
 
 
 def all_reduce_row(world: World):
@@ -90,7 +98,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return train_gpt.fail(str(error), 2)
     rows = list(all_reduce_row(world)) if collective else [
-        *software_rows(world), *hardware_rows(cfg, world), *data_rows(cfg, world)]
+        *software_rows(world), *hardware_rows(cfg, world), *disk_rows(), *data_rows(cfg, world)]
     if world.rank == 0:
         for what, found, remedy in rows:
             print(f"{'ok ' if not remedy else 'BAD'}  {what:<18} {found}")

@@ -340,7 +340,7 @@ def test_default_text_is_the_same_each_time(default_shards, tmp_path):
 
 
 def test_default_validation_text_is_whole_documents(default_shards):
-    documents = set(local_text.python_documents())
+    documents = {piece for text in local_text.python_documents() for piece in local_text.paragraphs(text)}
     assert all(text in documents for text in decode(default_shards / "local_val_000000.bin"))
 
 
@@ -363,7 +363,8 @@ def write_texts(folder):
 
 def test_own_texts_decode_back(tmp_path):
     texts = write_texts(tmp_path / "texts")
-    local_text.main([str(tmp_path / "texts"), "--out", str(tmp_path / "out"), "--shard-tokens", "1000000"])
+    local_text.main([str(tmp_path / "texts"), "--out", str(tmp_path / "out"), "--shard-tokens", "1000000", "--pieces",
+                     "0"])
     val, train = (decode(tmp_path / "out" / name) for name in ["local_val_000000.bin", "local_train_000001.bin"])
     assert val and train and sorted(val + train) == sorted(texts)
 
@@ -371,9 +372,22 @@ def test_own_texts_decode_back(tmp_path):
 def test_single_text_is_cut_in_two(tmp_path):
     text = "".join(f"{i} " for i in range(10_000))
     (tmp_path / "a.txt").write_text(text)
-    local_text.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--shard-tokens", "1000000"])
+    local_text.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--shard-tokens", "1000000", "--pieces",
+                     "0"])
     val, train = (decode(tmp_path / "out" / name) for name in ["local_val_000000.bin", "local_train_000001.bin"])
     assert val[0] + train[0] == text
+
+
+def test_pieces_keep_paragraphs_whole_where_they_fit_and_lose_nothing():
+    text = "\n\n".join(["a" * 100, "b" * 350, "c" * 200, "d" * 1500, "e"])
+    pieces = local_text.paragraphs(text, 600)
+    assert pieces == ["a" * 100 + "\n\n" + "b" * 350, "c" * 200, "d" * 600, "d" * 600, "d" * 300 + "\n\ne"]
+
+
+def test_own_texts_need_a_folder_of_their_own(tmp_path):
+    write_texts(tmp_path / "texts")
+    with pytest.raises(shards.DataError, match="--out"):
+        local_text.main([str(tmp_path / "texts")])
 
 
 def test_existing_shards_are_kept_broken_or_forced_ones_made_again(tmp_path, capsys):

@@ -126,6 +126,47 @@ def test_each_matrix_of_a_bank_has_its_rate(shards):
     assert model.attn_bank.data[12:].abs().max() == 0
 
 
+def test_each_of_8_processes_has_the_rates_of_its_own_matrices():
+    """The official bank of 24 gives each of 8 processes 3 matrices: up and down alternate across the borders."""
+    shape, row = (24, 3072, 768), train_gpt.PARAMS["mlp_bank"]
+    rates = []
+    for rank in range(8):
+        books = Optimizer.__new__(Optimizer)
+        books.world = World(rank, rank, 8, torch.device("cpu"))
+        books.params = {"mlp_bank": torch.nn.Parameter(torch.empty(shape, device="meta"))}
+        own = books.own("mlp_bank")
+        books.own = lambda name, own=own: torch.empty(own.shape)
+        rates.append(books.new_rates("mlp_bank").flatten())
+    assert torch.equal(torch.cat(rates), 2 * torch.tensor(row.lr_mul).repeat(12))
+
+
+def test_every_reduction_and_gather_is_waited_for(shards):
+    waited = []
+
+    class Handle:
+        def __init__(self, what):
+            self.what = what
+
+        def wait(self):
+            waited.append(self.what)
+
+    class Recorder(World):
+        def reduce_scatter(self, full):
+            return full, Handle("reduce")
+
+        def all_reduce(self, full):
+            return full, Handle("reduce")
+
+        def all_gather(self, full):
+            return Handle("gather")
+
+    model, optimizer = optimizer_with_grads(shards, 1)
+    optimizer.world = Recorder(*ALONE)
+    optimizer.step(1)
+    banks = len(train_gpt.PARAMS) - 1  # the packed small parameters are replicated: nothing to gather
+    assert waited.count("reduce") == banks + 1 and waited.count("gather") == banks
+
+
 def test_the_tables_cover_every_parameter_once(shards):
     cfg = tiny_config(shards)
     for shape in (cfg.shape, train_gpt.SMOKE_SHAPE):

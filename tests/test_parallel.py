@@ -1,4 +1,4 @@
-"""1, 2 and 4 processes compute the same training run."""
+"""1, 2, 4 and 8 processes compute the same training run."""
 import os
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_STAGES
 
-SIZES = (1, 2, 4)
+SIZES = (1, 2, 4, 8)
 
 
 @pytest.fixture(scope="module", params=["float32", "float64"])

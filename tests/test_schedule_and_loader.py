@@ -83,6 +83,13 @@ def test_a_slice_goes_on_in_the_next_shard(tmp_path):
     assert tokens.tolist() == together[:300] and tokens[starts].tolist() == [BOS] * len(starts)
 
 
+def test_a_document_may_run_on_through_a_whole_shard(tmp_path):
+    a, b, c = random_stream(1, 100), np.full(50, 7), random_stream(2, 400)
+    files = [write_shard(tmp_path / f"{i}.bin", x) for i, x in enumerate((a, b, c))]
+    tokens, _ = DocumentStream(files).take(300, 1000)
+    assert tokens.tolist() == [token for document in documents(a) + documents(c) for token in document][:300]
+
+
 def test_the_stream_ends_with_its_shards(one_shard):
     _, path = one_shard
     loader = DocumentStream([path])

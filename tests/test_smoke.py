@@ -21,3 +21,14 @@ def test_the_smoke_preset_learns_pythons_documentation(tmp_path):
     log, = (tmp_path / "logs").glob("*_smoke/*.txt")
     assert log.name in done.stdout
     assert json.loads(log.read_text().splitlines()[-1])["val_loss"] < 3
+
+
+def test_one_long_text_of_ones_own_trains(tmp_path):
+    """A text without an empty line, longer than a shard."""
+    (tmp_path / "book.txt").write_text(" ".join(f"word{i % 997}" for i in range(60_000)))
+    made = subprocess.run([sys.executable, "data/local_text.py", str(tmp_path / "book.txt"), "--out", str(tmp_path),
+                           "--shard-tokens", "100000"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    done = run_trainer("preset=smoke", f"train_files={tmp_path}/local_train_*.bin", "stop_after=2", "val_every=0",
+                       f"val_files={tmp_path}/local_val_*.bin", "val_tokens=4096", f"log_dir={tmp_path}/logs")
+    assert done.returncode == 0 and "val_loss" in done.stdout, done.stderr
