@@ -40,7 +40,7 @@ from tqdm import tqdm
 from triton_kernels import softcapped_cross_entropy
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("train_gpt.py", "triton_kernels.py")}  # what runs
+SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("train_gpt.py", "triton_kernels.py")}
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the format of kjj0/fineweb10B-gpt2
 BOS = 50256  # GPT-2's end-of-text token; it stands before every document
 VOCAB = 50257

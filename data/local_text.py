@@ -211,7 +211,7 @@ def parse_args(argv):
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of validation tokens (default 0.05); "
                         "at least 140,000 tokens are taken, up to half of all")  # fmt: skip
     parser.add_argument("--pieces", type=int, default=600, help="characters a document, cut at empty lines where they "
-                        "allow; 0 keeps texts whole, of which training sees the first 96 to 2048 tokens (default 600)")  # fmt: skip
+                        "allow; 0: whole texts, of which training sees the first 96 to 2048 tokens")  # fmt: skip
     parser.add_argument("--vocab", type=Path, help="GPT-2 ranks file (`base64 rank` lines), for the real BPE")
     parser.add_argument("--force", action="store_true", help="make the shards again though they are there")
     args = parser.parse_args(argv)
