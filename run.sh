@@ -12,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/.cache/triton}"
 
-# On a CPU: threads that wait asleep and memory that is kept make a busy machine's step 1 s instead of 23 s.
+# On a CPU: threads that wait asleep and memory that is kept; a busy machine is many times faster (NOTES.md, 6).
 cpu_settings() {
     export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
     export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"

@@ -694,28 +694,34 @@ def adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Ten
     p.copy_(weight - update - decay * weight * (update * weight > 0))
 
 
+class Done:
+    """The handle of a collective among one process."""
+
+    def wait(self) -> None:
+        pass
+
+
 class World(NamedTuple):
-    """The processes of a run, and collectives that are no-ops when there is one."""
+    """The processes of a run, and collectives that are no-ops when there is one; each gives a handle to wait on."""
     rank: int
-    local_rank: int
     size: int
     device: torch.device
 
     def reduce_scatter(self, full: Tensor):
-        """Sum over processes; each gets its share of the first dimension, and a handle to wait on."""
+        """Sum over processes; each gets its share of the first dimension."""
         if self.size == 1:
-            return full, None
+            return full, Done()
         share = torch.empty_like(full[:full.size(0) // self.size])
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
         return share, call(share, full.contiguous(), async_op=True)
 
     def all_reduce(self, full: Tensor):
-        return full, None if self.size == 1 else dist.all_reduce(full, async_op=True)
+        return full, Done() if self.size == 1 else dist.all_reduce(full, async_op=True)
 
     def all_gather(self, full: Tensor):
         """Every process's share of `full` to all, in place."""
         if self.size == 1:
-            return None
+            return Done()
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return call(full, self.share(full), async_op=True)
 
@@ -728,21 +734,26 @@ class World(NamedTuple):
             dist.barrier()
 
 
+def compiler(on: bool):
+    """torch.compile as used here, one graph a shape, or the identity."""
+    return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
+
+
 class Optimizer:
     """Keeps the books of NorMuon and Adam: each process holds the state of, and updates, its share of every parameter
     (ZeRO, arXiv 1910.02054). The order of reductions, updates and gathers is PARAMS'; the mathematics is above."""
 
     def __init__(self, model: GPT, cfg: Config, world: World, compiled: bool):
-        self.params = dict(model.named_parameters())
-        assert set(self.params) == set(PARAMS), f"PARAMS and the model differ: {set(self.params) ^ set(PARAMS)}"
+        named = dict(model.named_parameters())
+        assert set(named) == set(PARAMS), f"PARAMS and the model differ: {set(named) ^ set(PARAMS)}"
+        self.params = {name: named[name] for name in PARAMS}  # in the order of the table
         assert list(model.small_shapes) == list(SMALL_PARAMS), "SMALL_PARAMS and the model differ"
         self.cfg, self.world = cfg, world
         self.wd_normuon, self.wd_adam = 1.2, 0.005
         self.state = {name: self.new_state(name) for name in self.params}
         self.bank_rates = {name: self.new_rates(name) for name, row in PARAMS.items() if row.algorithm == "normuon"}
         self.small_rows = self.expand_small(model)
-        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if compiled else lambda f: f
-        self.normuon_step, self.adam_step = wrap(normuon_step), wrap(adam_step)
+        self.normuon_step, self.adam_step = compiler(compiled)(normuon_step), compiler(compiled)(adam_step)
 
     def replicated(self, name: str) -> bool:
         return name == "small"
@@ -807,21 +818,18 @@ class Optimizer:
         gradients of two (record #39)."""
         due = [name for name, p in self.params.items() if p.grad is not None
                and (PARAMS[name].algorithm == "normuon" or step % 2 == 1)]
-        due.sort(key=list(PARAMS).index)
         reduced = {name: (self.world.all_reduce if self.replicated(name) else self.world.reduce_scatter)
                    (self.params[name].grad) for name in due}
         gathers = []
         for name in due:
             grad, work = reduced.pop(name)
-            if work is not None:
-                work.wait()
+            work.wait()
             self.update(name, grad, step)
             self.params[name].grad = None
             if not self.replicated(name):
                 gathers.append(self.world.all_gather(self.params[name].data))
         for work in gathers:
-            if work is not None:
-                work.wait()
+            work.wait()
 
     def update(self, name: str, grad: Tensor, step: int) -> None:
         """One parameter's share. Rates go in as 0-dimensional CPU tensors: a Python number would be a new graph."""
@@ -1283,9 +1291,9 @@ class Trainer:
         self.optimizer = Optimizer(self.model, cfg, world, self.compiled)
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
-        wrap = functools.partial(torch.compile, dynamic=False, fullgraph=True) if self.compiled else lambda f: f
+        wrap = compiler(self.compiled)
         self.slice_loss, self.hidden, self.token_losses = wrap(slice_loss), wrap(self.model.forward), wrap(token_losses)
-        self.stage, self.rotary = -1, None
+        self.stage, self.rotary, self.view = -1, None, None  # set by enter
         longest = max(*(stage.tokens // cfg.slices for stage in cfg.stages), cfg.val_slice_tokens)
         self.rotary_rows = 2 * longest  # paired heads see two rows a token
 
@@ -1318,19 +1326,19 @@ class Trainer:
             if not tied and (self.stage < 0 or self.cfg.stages[self.stage].tied):
                 self.optimizer.untie()
             self.rotary = rotary_tables(self.cfg, stage, self.rotary_rows, self.world.device, self.dtype)
-            self.stage = stage
+            self.stage, self.view = stage, stage_view(self.cfg, stage)
         return stage
 
     def train_step(self, step: int, batches: list[Batch]) -> Tensor:
         """Forward, backward and update on this process's slices; returns its share of the loss, a device scalar in
         nats (the mean over tokens and multi-token weights)."""
         stage = self.enter(step)
-        view, max_doc = stage_view(self.cfg, stage), self.cfg.stages[stage].max_doc
+        max_doc = self.cfg.stages[stage].max_doc
         weights = mtp_weights(self.cfg, step)
-        on_device = torch.tensor(weights, device="cpu").to(self.world.device, non_blocking=True)
+        on_device = torch.tensor(weights).to(self.world.device, non_blocking=True)
         total = 0.0
         for batch in batches:
-            loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary, view, on_device, self.fp8)
+            loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary, self.view, on_device, self.fp8)
             (loss / self.cfg.slices).backward()
             total = total + loss.detach()
         self.optimizer.step(step)
@@ -1348,9 +1356,7 @@ class Trainer:
             x = self.hidden(tokens[:-1], cu_seqlens, validation.max_doc, *self.rotary, view)
             for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True):
                 total += self.token_losses(rows, self.model.head, targets).double().sum()
-        _, work = self.world.all_reduce(total)
-        if work is not None:
-            work.wait()
+        self.world.all_reduce(total)[1].wait()
         return total.item() / self.cfg.val_tokens
 
     def state(self) -> dict[str, Tensor]:
@@ -1370,8 +1376,7 @@ class Trainer:
             count = self.cfg.stages[i].tokens // self.cfg.slices
             batches = [made_up_batch(draw, count, plan.documents[i]) for _ in
                        range(self.cfg.slices // self.world.size)]
-            batches, copied = to_device(batches, self.world.device, None)
-            batches = [Batch(*(x.to(self.world.device) for x in batch)) for batch in batches]
+            batches = [Batch(*(torch.from_numpy(x).to(self.world.device) for x in batch)) for batch in batches]
             with torch.enable_grad():
                 self.train_step(start, batches)
                 self.train_step(start + 1 - start % 2 if start + 1 < stage_ends(self.cfg)[i] else start, batches)
@@ -1481,9 +1486,7 @@ def peak_host_mib() -> float:
 def start_reading(world: World, loss: Tensor):
     """Sums the loss over processes and starts its way to the host, so that no step waits for it."""
     loss = loss.clone()
-    _, work = world.all_reduce(loss)
-    if work is not None:
-        work.wait()
+    world.all_reduce(loss)[1].wait()
     if world.device.type != "cuda":
         return loss, None
     host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
@@ -1528,7 +1531,7 @@ def start_world(cfg: Config) -> World:
     if gpus and here > gpus:
         raise UserError(f"{here} processes of this node need a GPU each, {gpus} found: start at most {gpus} processes "
                         f"a node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
-    return World(rank, local_rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+    return World(rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
 def connect(world: World) -> None:

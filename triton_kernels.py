@@ -86,7 +86,7 @@ def softcapped_cross_entropy_reference(
     losses = torch.empty(tokens, dtype=dtype, device=logits.device)
     grad = torch.empty_like(logits, dtype=grad_dtype)
     # Eager on a CPU, a few rows at a time: 2 MiB temporaries stay in cache and in the allocator's hands, where
-    # full-size ones cost more in page faults than all the arithmetic (T=256, V=50304, 2 threads: 29 ms, not 74).
+    # full-size ones cost more in page faults than all the arithmetic.
     # A GPU prefers few launches, and torch.compile, which would unroll the loop, fuses the passes itself.
     in_parts = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     step = max(2**19 // vocab, 1) if in_parts else tokens
@@ -139,9 +139,8 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         """One program per row sweeps its columns twice: once for the sum of exponentials, once for the gradient."""
-        # Counted in sm_90 code for bf16, e5m2 and K = 2: 3 special functions per element and sweep, at 16 a clock and
-        # multiprocessor, take the time of 24 instructions, and the sweeps issue 14 and 23. They, not the masks or the
-        # compares with the targets, are the floor: 1.3 ms on an H200 at T=16384, V=50304, above the bytes' 1.0 ms.
+        # Three special functions per element and sweep, which run at a fraction of the rate of other arithmetic, should
+        # bound it, not the masks or the compares with the targets. Its time has not been measured yet.
         row = tl.program_id(0)
         logits_ptr += row.to(tl.int64) * V  # 64 bits: T * V passes 2^31 at 43,000 rows of 50,304
         grad_ptr += row.to(tl.int64) * V

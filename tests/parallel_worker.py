@@ -24,7 +24,7 @@ def main(shards: Path, out: Path, dtype: str) -> None:
         batches = loader.next()
         slices.append([(batch.tokens, batch.cu_seqlens) for batch in batches])
         loss = trainer.train_step(step, batches)
-        world.all_reduce(loss)[1] and world.barrier()
+        world.all_reduce(loss)[1].wait()
         losses.append(loss.item())
     losses.append(trainer.evaluate(cfg.last_step, validation))
     torch.save({"losses": losses, "slices": slices, "plan": plan, "shards_opened": loader.stream.opened,

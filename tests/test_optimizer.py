@@ -6,7 +6,7 @@ from conftest import tiny_config
 import train_gpt
 from train_gpt import Optimizer, World
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48)])
@@ -82,6 +82,20 @@ def test_adam_is_torchs_adam_without_decay():
     assert torch.allclose(p.data, q, rtol=1e-5, atol=1e-7)
 
 
+def test_adam_decays_only_where_the_update_agrees_in_sign():
+    torch.manual_seed(0)
+    start, g = torch.randn(50, 3), torch.randn(50, 3)
+
+    def step(decay):
+        p, m, v = start.clone(), torch.zeros(50, 3), torch.zeros(50, 3)
+        train_gpt.adam_step(p, g, m, v, torch.tensor(1.0), torch.tensor(0.01), torch.tensor(decay), 0.7, 0.95)
+        return p
+
+    agrees = g * start > 0  # the first update has the gradient's sign
+    assert agrees.any() and not agrees.all()
+    assert torch.allclose(step(0.1), step(0.0) - 0.1 * start * agrees, atol=1e-6)
+
+
 def optimizer_with_grads(shards, step):
     cfg = tiny_config(shards)
     model = train_gpt.GPT(cfg.shape, torch.float32, "reference")
@@ -132,7 +146,7 @@ def test_each_of_8_processes_has_the_rates_of_its_own_matrices():
     rates = []
     for rank in range(8):
         books = Optimizer.__new__(Optimizer)
-        books.world = World(rank, rank, 8, torch.device("cpu"))
+        books.world = World(rank, 8, torch.device("cpu"))
         books.params = {"mlp_bank": torch.nn.Parameter(torch.empty(shape, device="meta"))}
         own = books.own("mlp_bank")
         books.own = lambda name, own=own: torch.empty(own.shape)

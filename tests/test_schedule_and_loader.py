@@ -9,7 +9,7 @@ from conftest import random_stream, tiny_config, write_shard
 import train_gpt
 from train_gpt import BOS, Config, DocumentStream, World
 
-ALONE = World(0, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_the_official_schedule_is_record_64s():
@@ -120,7 +120,7 @@ def test_validation_slices_are_the_stream_in_order_for_any_number_of_processes(s
     whole = train_gpt.read_validation(cfg, ALONE)
     stream = torch.cat([tokens[:-1] for tokens, _ in whole.slices])
     assert len(stream) == cfg.val_tokens
-    parts = [train_gpt.read_validation(cfg, World(rank, rank, 4, torch.device("cpu"))) for rank in range(4)]
+    parts = [train_gpt.read_validation(cfg, World(rank, 4, torch.device("cpu"))) for rank in range(4)]
     for index, (tokens, table) in enumerate(whole.slices):
         theirs = parts[index % 4].slices[index // 4]
         assert torch.equal(tokens, theirs.tokens) and torch.equal(table, theirs.cu_seqlens)
