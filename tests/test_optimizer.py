@@ -68,6 +68,28 @@ def test_a_bfloat16_bank_follows_the_float32_bank_over_many_small_steps():
     assert torch.allclose(train_gpt.join_float(narrow, low), wide, atol=1e-6)
 
 
+def test_the_running_mean_of_the_rows_remembers_19_parts_in_20():
+    torch.manual_seed(0)
+    momentum, second, mu = torch.zeros(1, 24, 8), torch.full((1, 24, 1), 7.0), torch.tensor(0.0)
+    g = torch.randn(1, 24, 8)
+    train_gpt.normuon_direction(g, momentum, second, mu, 0.95)
+    power = train_gpt.polar_express(g).square().mean(-1, keepdim=True)
+    assert torch.allclose(second, 0.95 * 7 + 0.05 * power, rtol=1e-5)
+
+
+def test_small_parameters_take_their_rows_rates(shards):
+    """Adam's first step moves every element by its learning rate, whatever the gradient."""
+    model, optimizer = optimizer_with_grads(shards, 1)
+    before = train_gpt.unpack(model.small.data.clone(), model.small_shapes)
+    optimizer.step(1)
+    after = train_gpt.unpack(model.small.data, model.small_shapes)
+    rate = optimizer.cfg.lr_adam * train_gpt.lr_factor(optimizer.cfg, 1)
+    for name, row in train_gpt.SMALL_PARAMS.items():
+        moved = (after[name] - before[name]).abs()
+        expected = torch.full_like(moved, rate * row.lr_mul[0])
+        assert torch.allclose(moved, expected, rtol=0.01), name
+
+
 def test_adam_is_torchs_adam_without_decay():
     torch.manual_seed(0)
     p, q = torch.nn.Parameter(torch.randn(5, 3)), torch.randn(5, 3)

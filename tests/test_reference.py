@@ -1,0 +1,122 @@
+"""The model, validation and initial weights against the definition, written again from record #64's description, token by
+token and without any function of train_gpt.py's model."""
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import tiny_config
+from test_model import VIEW, model_and_inputs
+
+import train_gpt
+from train_gpt import GPT, Trainer, World
+
+
+def norm(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+
+
+def turned(x, position, freqs):
+    """x (D,): channel j turns against channel j + D / 4 by position * freqs[j]."""
+    out, quarter = x.clone(), len(freqs)
+    for j, freq in enumerate(freqs):
+        c, s = math.cos(position * freq), math.sin(position * freq)
+        out[j], out[j + quarter] = x[j] * c + x[j + quarter] * s, x[j + quarter] * c - x[j] * s
+    return out
+
+
+def attention(x, model, index, layer, value, documents, window, freqs, scale):
+    """One layer's heads, one query at a time; a paired layer's row 2t + p holds the p-th half of token t's heads."""
+    shape, small = model.shape, train_gpt.unpack(model.small, model.small_shapes)
+    slot, (heads, head_dim) = shape.attn_layers.index(index), (shape.heads, shape.head_dim)
+    s_in, s_out = small["attn_lambdas"][slot]
+    w_q, w_k, w_v, w_o = model.attn_bank[4 * slot:4 * slot + 4]
+    q, k, v = ((x @ (s_in * w).t()).view(len(x), heads, head_dim) for w in (w_q, w_k, w_v))
+    if layer.value_embed:
+        table = shape.value_layers.index(index)
+        amount = 2 * torch.sigmoid(x[:, :12] @ small["value_gates"][table].t())
+        v = v + amount[:, :, None] * value.view(len(x), heads, head_dim)
+    halves = 2 if layer.paired else 1
+    rows = [(t, half) for t in range(len(x)) for half in range(halves)]
+    width, out = heads // halves, torch.zeros(len(x), heads, head_dim, dtype=x.dtype)
+    for h in range(width):
+        pick = [half * width + h for _, half in rows]
+        queries = [turned(norm(q[t, n]), i, freqs) for i, ((t, _), n) in enumerate(zip(rows, pick, strict=True))]
+        keys = [turned(norm(k[t, n]), i, freqs) for i, ((t, _), n) in enumerate(zip(rows, pick, strict=True))]
+        if layer.key_offset:
+            keys = [torch.cat((key[:head_dim // 2], keys[max(i - 1, 0)][head_dim // 2:])) for i, key in enumerate(keys)]
+        for i, (t, _) in enumerate(rows):
+            seen = [j for j in range(max(0, i - window), i + 1) if documents[rows[j][0]] == documents[t]]
+            weights = torch.stack([queries[i] @ keys[j] * scale for j in seen]).softmax(0)
+            out[t, pick[i]] = sum(w * v[rows[j][0], pick[j]] for w, j in zip(weights, seen, strict=True))
+    gate = torch.sigmoid(x[:, :12] @ small["attn_gates"][slot].t())
+    return (out * gate[:, :, None]).flatten(1) @ (s_out * w_o).t()
+
+
+def reference(model, tokens, documents, freqs, view):
+    shape, small = model.shape, train_gpt.unpack(model.small, model.small_shapes)
+    embedded = (model.head if view.tied else model.embed)[tokens]
+    smear = small["smear_lambda"] * torch.sigmoid(embedded[:, :12] @ small["smear_gate"])
+    x = x0 = norm(torch.stack([e + (smear[t] * embedded[t - 1] if t else 0) for t, e in enumerate(embedded)]))
+    ids = tokens.tolist()
+    hashed = [shape.bigram_rows - 1] + [(36313 * b ^ 27191 * a) % (shape.bigram_rows - 1)
+                                        for a, b in zip(ids, ids[1:], strict=False)]
+    outputs = []
+    for i, layer in enumerate(shape.layers):
+        if layer.skip_from is not None:
+            amount = torch.sigmoid(small["skip_lambda"]) * 2 * torch.sigmoid(x0[:, :12] @ small["skip_gate"])
+            x = x + amount[:, None] * outputs[layer.skip_from]
+        x = (small["resid_lambdas"][i] * x + small["x0_lambdas"][i] * x0
+             + small["bigram_lambdas"][i] * model.bigram_embed[hashed])
+        if layer.window:
+            table = shape.value_layers.index(i) if layer.value_embed else 0
+            value = model.value_embeds[table * shape.vocab + tokens]
+            window = {"short": view.short, "long": view.long}[layer.window]
+            x = x + attention(norm(x), model, i, layer, value, documents, window, freqs, view.scale)
+        x = x + (norm(x) @ model.mlp_bank[2 * i].t()).clamp_min(0) ** 2 @ model.mlp_bank[2 * i + 1]
+        outputs.append(x)
+    left = next(i for i, layer in enumerate(shape.layers) if layer.backout)
+    return norm(x - small["backout_lambda"] * outputs[left])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_forward_pass_is_record_64s(tied):
+    model, tokens, table, rotary = model_and_inputs(total=24)
+    with torch.no_grad():
+        model.small.add_(0.3 * torch.randn(len(model.small), generator=torch.Generator().manual_seed(2)))
+        table = torch.tensor([0, 10, 11, 24, 24], dtype=torch.int32)
+        documents = [0] * 10 + [1] + [2] * 13
+        freqs, _ = train_gpt.yarn(dataclasses.replace(train_gpt.Config(), shape=model.shape), 0)
+        view = VIEW._replace(tied=tied)
+        ours = model(tokens[:-1], table, 24, *rotary, view)
+        theirs = reference(model, tokens[:-1].long(), documents, freqs, view)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5  # the rotary tables' angles are float32
+
+
+def test_validation_is_the_mean_next_token_loss_with_the_last_window(shards):
+    cfg = tiny_config(shards, dtype="float64")
+    world = World(0, 1, torch.device("cpu"))
+    trainer, validation = Trainer(cfg, world), train_gpt.read_validation(cfg, world)
+    trainer.reset(0)
+    for step, view in ((0, train_gpt.stage_view(cfg, 0)), (cfg.total_steps, train_gpt.stage_view(cfg, 3)._replace(
+            long=cfg.final_window))):
+        losses, value = [], trainer.evaluate(step, validation)
+        for tokens, table in validation.slices:
+            with torch.no_grad():
+                x = trainer.model(tokens[:-1], table, 60, *trainer.rotary, view)
+                z = 23 / (1 + torch.exp(-(x @ trainer.model.head.t() + 5) / 7.5))
+            losses += (z.logsumexp(1) - z[range(len(z)), tokens[1:].long()]).tolist()
+        assert len(losses) == cfg.val_tokens and value == pytest.approx(sum(losses) / len(losses), rel=1e-9)
+
+
+def test_initial_weights_have_the_records_scales():
+    model = GPT(train_gpt.SMOKE_SHAPE, torch.float32, "reference")
+    model.init_weights(0)
+    deviation = 0.5 / 128 ** 0.5
+    assert model.attn_bank.std().item() == pytest.approx(deviation, rel=0.02)
+    assert model.mlp_bank[::2].std().item() == pytest.approx(deviation, rel=0.02)
+    assert model.mlp_bank[1::2].abs().max() == 0 and model.value_embeds.abs().max() == 0
+    assert model.head.std().item() == pytest.approx(0.005, rel=0.02) and torch.equal(model.head, model.embed)
+    small = train_gpt.unpack(model.small, model.small_shapes)
+    assert small["resid_lambdas"].tolist() == pytest.approx([1.1] * 4) and small["backout_lambda"] == 0.5
+    assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3 and small["skip_lambda"] == -1.5
