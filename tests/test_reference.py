@@ -1,5 +1,5 @@
-"""The model, validation and initial weights against the definition, written again from record #64's description, token by
-token, without any function of train_gpt.py's model."""
+"""The model, validation and initial weights against the definition, written again from the description of record
+#64, token by token, without any function of train_gpt.py's model."""
 import dataclasses
 import math
 
