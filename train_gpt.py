@@ -26,6 +26,7 @@ import sys
 import time
 import uuid
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from triton_kernels import softcapped_cross_entropy
+import triton_kernels
+from triton_kernels import Kernels, documents
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("train_gpt.py", "triton_kernels.py")}
@@ -188,7 +190,7 @@ class Config:
     slices: int = knob(8, "slices (micro-batches) a step; 16 halves their memory and moves where documents are cut")
     dtype: str = knob("auto", "auto (bfloat16 on a GPU, float32 else), bfloat16, float32 or float64")
     fp8: str = knob("auto", "FP8 head: auto (compute capability 8.9 and up), on or off")
-    attention: str = knob("auto", "auto, varlen (FlashAttention, compute capability 8.0 and up) or reference")
+    kernels: str = knob("auto", "auto (triton_kernels.py where the GPU can), library (PyTorch's) or reference")
     compile: str = knob("auto", "torch.compile: auto (on a GPU), on or off")
     lr_normuon: float = knob(0.023, "learning rate of the matrices")
     lr_adam: float = knob(0.008, "learning rate of everything else")
@@ -273,7 +275,7 @@ def check_config(cfg: Config) -> None:
     need(cfg.seed + cfg.trials <= 2**63, f"seed={cfg.seed} is too large: take one below 2**63")
     need(0 < cfg.cooldown <= 1, f"cooldown={cfg.cooldown} must be above 0 and at most 1")
     for key, choices in (("dtype", ("auto", "bfloat16", "float32", "float64")), ("fp8", ("auto", "on", "off")),
-                         ("attention", ("auto", "varlen", "reference")), ("compile", ("auto", "on", "off"))):
+                         ("kernels", triton_kernels.MODES), ("compile", ("auto", "on", "off"))):
         need(getattr(cfg, key) in choices, f"{key}={getattr(cfg, key)!r} is not one of {', '.join(choices)}")
     need(cfg.slices % 8 == 0, f"slices={cfg.slices} does not divide among 8 processes: take 8, 16 or 32")
     for stage in cfg.stages:
@@ -371,57 +373,11 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half-truncated rotary embedding (arXiv 2104.09864, record #20): x (T, H, D), cos and sin (T, D / 4); channel j
-    turns with channel j + D / 4, the second half of the channels stands still."""
-    quarter = cos.size(-1)
-    a, b, still = x.split((quarter, quarter, x.size(-1) - 2 * quarter), dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, still), dim=-1)
-
-
-def shift_key(k: Tensor) -> Tensor:
-    """Partial key offset (record #49): the half of k (T, H, D) that does not rotate moves on by one token, which
-    lets one layer look for what followed an earlier occurrence. The first token keeps its own."""
-    turning, still = k.chunk(2, dim=-1)
-    return torch.cat((turning, torch.cat((still[:1], still[:-1]))), dim=-1)
-
-
 def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     """(T,) int32 token ids to rows of the bigram table; the first token has the last row (record #62)."""
     hashed = torch.bitwise_xor(tokens[1:] * 36313, tokens[:-1] * 27191) % (rows - 1)  # below 2^31 for GPT-2's ids
     return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
 
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_doc: int, window: int,
-                        scale: float, block: int = 512) -> Tensor:
-    """Causal attention over packed documents with a left window, in plain PyTorch.
-
-    q, k, v: (T, H, D) of any float dtype; cu_seqlens: (N + 1,) int32 starts of the documents and T, padded with T.
-    Query i sees key j where j <= i, i - j <= window and both are in one document. Memory grows with
-    block * (block + window), not with T * T. `max_doc` is taken for the sake of one signature."""
-    total = q.size(0)
-    position = torch.arange(total, device=q.device)
-    document = torch.searchsorted(cu_seqlens, position.int(), right=True)
-    out = []
-    for start in range(0, total, block):
-        queries, keys = slice(start, start + block), slice(max(0, start - window), start + block)
-        distance = position[queries, None] - position[None, keys]
-        mask = (distance >= 0) & (distance <= window) & (document[queries, None] == document[None, keys])
-        q_b, k_b, v_b = (x.transpose(0, 1) for x in (q[queries], k[keys], v[keys]))
-        out.append(F.scaled_dot_product_attention(q_b, k_b, v_b, attn_mask=mask, scale=scale).transpose(0, 1))
-    return torch.cat(out)
-
-
-def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_doc: int, window: int,
-                     scale: float) -> Tensor:
-    """The function of attention_reference through PyTorch's FlashAttention: bfloat16, compute capability 8.0 and up.
-    `max_doc` is the longest document of the batch or a bound on it."""
-    from torch.nn.attention.varlen import varlen_attn
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_doc, max_doc, scale=scale, window_size=(window, 0))
-
-
-ATTENTION = {"varlen": attention_varlen, "reference": attention_reference}
 
 # Scales of the FP8 head, by hand (record #51): stored = value / scale. Inputs are RMS-normed, so |x| < 28.
 FP8_X, FP8_W, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
@@ -438,32 +394,37 @@ class HeadLoss(torch.autograd.Function):
     """sum over rows of the softcapped multi-token cross entropy of x W'.
 
     x: (T, D), RMS-normed; w: (V, D); targets: (T,) next tokens; weights: (K,) float32; out: () float32.
-    The gradient of the logits is made with the loss, in one kernel, so no logits are kept (records #60, #79). With
-    fp8 the three products run on e4m3 inputs and e5m2 gradients, and the rest in x's dtype (record #19)."""
+    The gradient of the logits is made with the loss, so no logits are kept (records #60, #79). With fp8 the three
+    products run on e4m3 inputs and e5m2 gradients, and the rest in x's dtype (record #19); FP8 products want the inner
+    dimension contiguous on both sides, so everything is written in both layouts where it is made."""
 
     @staticmethod
-    def forward(ctx, x, w, targets, weights, fp8):
+    def forward(ctx, x, w, targets, weights, fp8, kernels):
         ctx.fp8 = fp8
         if fp8:
-            x, w = ((x / FP8_X).to(torch.float8_e4m3fn), (w / FP8_W).clamp(-448, 448).to(torch.float8_e4m3fn))
+            x, x_t, _ = kernels.quantize_transpose(x, x.new_full((), FP8_X, dtype=torch.float32), torch.float8_e4m3fn)
+            w, w_t, _ = kernels.quantize_transpose(w, w.new_full((), FP8_W, dtype=torch.float32), torch.float8_e4m3fn)
             logits = fp8_matmul(x, w.t(), FP8_X, FP8_W, fast=True)
-            losses, grad = softcapped_cross_entropy(logits, targets, weights, 1 / FP8_GRAD, torch.float8_e5m2)
+            losses, *grads = kernels.cross_entropy(logits, targets, weights, 1 / FP8_GRAD, torch.float8_e5m2,
+                                                   both_layouts=True)
+            ctx.save_for_backward(x_t, w_t, *grads)
         else:
-            losses, grad = softcapped_cross_entropy(x @ w.t(), targets, weights, 1.0, x.dtype)
-        ctx.save_for_backward(x, w, grad)
+            losses, grad, _ = kernels.cross_entropy(x @ w.t(), targets, weights, 1.0, x.dtype)
+            ctx.save_for_backward(x, w, grad)
         return losses.sum()
 
     @staticmethod
     def backward(ctx, upstream):
-        x, w, grad = ctx.saved_tensors
-        if ctx.fp8:  # FP8 products want the inner dimension contiguous on both sides
+        if ctx.fp8:
+            x_t, w_t, grad, grad_t = ctx.saved_tensors
             scale = upstream * FP8_GRAD
-            dx = fp8_matmul(grad, w.t().contiguous().t(), scale, FP8_W, fast=False)
-            dw = fp8_matmul(grad.t().contiguous(), x.t().contiguous().t(), scale, FP8_X, fast=False)
+            dx = fp8_matmul(grad, w_t.t(), scale, FP8_W, fast=False)
+            dw = fp8_matmul(grad_t, x_t.t(), scale, FP8_X, fast=False)
         else:
+            x, w, grad = ctx.saved_tensors
             upstream = upstream.to(x.dtype)
             dx, dw = upstream * (grad @ w), upstream * (grad.t() @ x)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
 def token_losses(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
@@ -509,9 +470,9 @@ class GPT(nn.Module):
     attn_bank: (4A padded, D, D), rows Q K V O of each attention layer; mlp_bank: (2L padded, F, D), up and down, the
     latter transposed. Matrices and tables have `dtype`; the packed small parameters are at least float32."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, attention: str):
+    def __init__(self, shape: Shape, dtype: torch.dtype, kernels: Kernels):
         super().__init__()
-        self.shape, self.attention = shape, ATTENTION[attention]
+        self.shape, self.kernels = shape, kernels
         self.small_shapes = small_shapes(shape)
         sizes = {
             "attn_bank": (bank_rows(4 * len(shape.attn_layers)), shape.dim, shape.dim),
@@ -568,6 +529,7 @@ class GPT(nn.Module):
         values = F.embedding(tables[:, None] + tokens, self.value_embeds).unbind()
         values = dict(zip(shape.value_layers, zip(values, small["value_gates"].unbind(), strict=True), strict=True))
 
+        where = documents(cu_seqlens, max_doc, len(tokens))
         outputs, backout = [], 0.0
         for i, layer in enumerate(shape.layers):
             if layer.skip_from is not None:
@@ -575,78 +537,46 @@ class GPT(nn.Module):
                 x = x + amount[:, None] * outputs[layer.skip_from]
             x = resid[i] * x + x0_lambdas[i] * x0 + bigram_lambdas[i] * bigram
             if layer.window:
-                x = x + self.attend(rms_norm(x), layer, attn_rows[i], values.get(i), cu_seqlens, max_doc, cos, sin,
-                                    view)
-            hidden = F.relu(rms_norm(x) @ mlp_rows[2 * i].t()).square()  # arXiv 2109.08668
-            x = x + hidden @ mlp_rows[2 * i + 1]
+                x = x + self.attend(rms_norm(x), layer, attn_rows[i], values.get(i), where, cos, sin, view)
+            x = x + self.kernels.mlp(rms_norm(x), mlp_rows[2 * i], mlp_rows[2 * i + 1])
             outputs.append(x)
             if layer.backout:
                 backout = small["backout_lambda"] * x
         return rms_norm(x - backout)
 
     def attend(self, x: Tensor, layer: Layer, rows: tuple[Tensor, Tensor, Tensor], value: tuple[Tensor, Tensor] | None,
-               cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+               where: triton_kernels.Documents, cos: Tensor, sin: Tensor, view: View) -> Tensor:
         """Self-attention of normed inputs x (T, dim) by one layer's row of the table; out: (T, dim)."""
-        total, heads, head_dim = x.size(0), self.shape.heads, self.shape.head_dim
+        heads, head_dim = self.shape.heads, self.shape.head_dim
         matrices, (qkv_scale, out_scale), gate_weight = rows
         w_qkv, w_out = matrices.flatten(0, 1).split((3 * self.shape.dim, self.shape.dim))
-        q, k, v = (x @ (qkv_scale * w_qkv).t()).view(total, 3, heads, head_dim).unbind(1)
-        if value is not None:
-            embedded, value_gate = value
-            v = v + 2 * gate(x, value_gate)[:, :, None] * embedded.view(total, heads, head_dim)
-        q, k = rms_norm(q), rms_norm(k)  # arXiv 2302.05442
-        if layer.paired:  # token t becomes rows 2t and 2t + 1, each with half of the heads
-            q, k, v = (y.reshape(2 * total, heads // 2, head_dim) for y in (q, k, v))
-            cu_seqlens, max_doc = 2 * cu_seqlens, 2 * max_doc
-        length = q.size(0)
-        q, k = rotate(q, cos[:length], sin[:length]), rotate(k, cos[:length], sin[:length])
-        if layer.key_offset:
-            k = shift_key(k)
-        window = view.short if layer.window == "short" else view.long
-        y = self.attention(q, k, v, cu_seqlens, max_doc, window, view.scale)
-        y = y.view(total, heads, head_dim) * gate(x, gate_weight)[:, :, None]
-        return y.flatten(1) @ (out_scale * w_out).t()
+        embedded, value_gate = (value[0], 2 * gate(x, value[1])) if value is not None else (None, None)
+        y = self.kernels.attention(
+            x @ (qkv_scale * w_qkv).t(), where, heads, head_dim, head_dim,
+            view.short if layer.window == "short" else view.long, view.scale, cos, sin, gate(x, gate_weight), embedded,
+            value_gate, paired=layer.paired, key_offset=layer.key_offset)
+        return y @ (out_scale * w_out).t()
 
 
 def slice_loss(model: GPT, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View,
                weights: Tensor, fp8: bool) -> Tensor:
     """Training loss of one slice, summed over its tokens. tokens: (T + 1,) int32; weights: (K,) float32."""
     x = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view)
-    return HeadLoss.apply(x, model.head, tokens[1:], weights, fp8)
+    return HeadLoss.apply(x, model.head, tokens[1:], weights, fp8, model.kernels)
 
 
 ########################################
 #               Optimizer              #
 ########################################
 
-# Polar Express (arXiv 2505.16932), five rounds for singular values of at least 1e-3, safety 1.02 (record #38).
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-
-def polar_express(g: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrices of a batch g (N, R, C), in g's dtype: singular values go to about 1."""
-    x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    tall = g.size(-2) > g.size(-1)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT  # always over the shorter side
-        step = b * gram + c * (gram @ gram)
-        x = a * x + (x @ step if tall else step @ x)
-    return x
-
-
-def normuon_direction(g: Tensor, momentum_buffer: Tensor, second: Tensor, mu: Tensor, beta2: float) -> Tensor:
+def normuon_direction(g: Tensor, momentum_buffer: Tensor, second: Tensor, mu: Tensor, beta2: float,
+                      orthogonalise: Callable) -> Tensor:
     """NorMuon (arXiv 2510.05491): Nesterov momentum, orthogonalised, then each row (of the longer side) divided by a
     running mean of its size, with the Frobenius norm of every matrix kept. g: (N, R, C); second: (N, R, 1) or
     (N, 1, C); both buffers change in place."""
     momentum_buffer.lerp_(g.to(momentum_buffer.dtype), 1 - mu)
     nesterov = g.to(momentum_buffer.dtype).lerp(momentum_buffer, mu)
-    update = polar_express(nesterov.to(g.dtype)).to(momentum_buffer.dtype)
+    update = orthogonalise(nesterov.to(g.dtype)).to(momentum_buffer.dtype)
     across, along = (-1, -2) if g.size(-2) >= g.size(-1) else (-2, -1)
     power = update.square().mean(across, keepdim=True)
     second.lerp_(power, 1 - beta2)
@@ -667,11 +597,11 @@ def join_float(high: Tensor, low: Tensor) -> Tensor:
 
 
 def normuon_step(p: Tensor, g: Tensor, momentum_buffer: Tensor, second: Tensor, low: Tensor | None, lr: Tensor,
-                 decay: Tensor, mu: Tensor, beta2: float = 0.95) -> None:
+                 decay: Tensor, mu: Tensor, orthogonalise: Callable, beta2: float = 0.95) -> None:
     """One step on a bank p (N, R, C), in place. lr, decay: (N, 1, 1). Weight decay acts where update and weight agree
     in sign (cautious weight decay, arXiv 2510.12402). `low` holds the low halves of bfloat16 weights, so the master
     weight is float32 without a second copy of the high half; None for wider weights."""
-    update = normuon_direction(g, momentum_buffer, second, mu, beta2)
+    update = normuon_direction(g, momentum_buffer, second, mu, beta2, orthogonalise)
     weight = p if low is None else join_float(p, low)
     weight = weight - lr * update - decay * weight * (update * weight >= 0)
     if low is None:
@@ -749,7 +679,7 @@ class Optimizer:
         self.params = {name: named[name] for name in PARAMS}  # in the order of the table
         assert list(model.small_shapes) == list(SMALL_PARAMS), "SMALL_PARAMS and the model differ"
         self.cfg, self.world = cfg, world
-        self.wd_normuon, self.wd_adam = 1.2, 0.005
+        self.wd_normuon, self.wd_adam, self.orthogonalise = 1.2, 0.005, model.kernels.orthogonalise
         self.state = {name: self.new_state(name) for name in self.params}
         self.bank_rates = {name: self.new_rates(name) for name, row in PARAMS.items() if row.algorithm == "normuon"}
         self.small_rows = self.expand_small(model)
@@ -839,7 +769,8 @@ class Optimizer:
             base = self.cfg.lr_normuon * factor
             lr = self.bank_rates[name] * base
             self.normuon_step(p, grad, state["momentum_buffer"], state["second"], state.get("low"), lr,
-                              lr * (self.wd_normuon * row.wd_mul * base), torch.tensor(momentum(self.cfg, step)))
+                              lr * (self.wd_normuon * row.wd_mul * base), torch.tensor(momentum(self.cfg, step)),
+                              self.orthogonalise)
             return
         state["count"] += 1
         lr = self.cfg.lr_adam * factor
@@ -1285,9 +1216,9 @@ class Trainer:
 
     def __init__(self, cfg: Config, world: World):
         self.cfg, self.world = cfg, world
-        self.dtype, self.attention, self.fp8 = choose(cfg, world.device)
+        self.dtype, kernels, self.kinds, self.fp8 = choose(cfg, world.device)
         self.compiled = {"on": True, "off": False, "auto": world.device.type == "cuda"}[cfg.compile]
-        self.model = GPT(cfg.shape, self.dtype, self.attention).to(world.device)
+        self.model = GPT(cfg.shape, self.dtype, kernels).to(world.device)
         self.optimizer = Optimizer(self.model, cfg, world, self.compiled)
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
@@ -1309,9 +1240,10 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         return [*rows,
                 f"data: {plan.tokens:,} training tokens from {plan.shards} shard(s), {cfg.val_tokens:,} for validation",
-                f"model: {parameters:,} parameters, {str(self.dtype).removeprefix('torch.')}, attention "
-                f"{self.attention}, head {'fp8' if self.fp8 else str(self.dtype).removeprefix('torch.')}, "
-                f"torch.compile {'on' if self.compiled else 'off'}"]
+                f"model: {parameters:,} parameters, {str(self.dtype).removeprefix('torch.')}, head "
+                f"{'fp8' if self.fp8 else str(self.dtype).removeprefix('torch.')}, "
+                f"torch.compile {'on' if self.compiled else 'off'}",
+                "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items())]
 
     def reset(self, seed: int) -> None:
         self.model.init_weights(seed)
@@ -1405,12 +1337,12 @@ def choose_dtype(cfg: Config, capability: tuple[int, int]) -> torch.dtype:
     return getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
 
 
-def choose_attention(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> str:
-    able = capability >= (8, 0) and dtype == torch.bfloat16
-    if cfg.attention == "varlen" and not able:
-        raise UserError(f"attention=varlen needs a GPU of compute capability 8.0 or more and bfloat16, found "
-                        f"{capability[0]}.{capability[1]} and {dtype}: take attention=auto")
-    return ("varlen" if able else "reference") if cfg.attention == "auto" else cfg.attention
+def choose_kernels(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> tuple[Kernels, dict[str, str]]:
+    """The functions behind attention, MLP, loss and orthogonalisation, and for the log the kind of each."""
+    if cfg.kernels == "library" and (capability < (8, 0) or dtype != torch.bfloat16):
+        raise UserError(f"kernels=library needs a GPU of compute capability 8.0 or more and bfloat16, found "
+                        f"{capability[0]}.{capability[1]} and {dtype}: take kernels=auto")
+    return triton_kernels.choose(capability, dtype, cfg.kernels)
 
 
 def choose_fp8(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> bool:
@@ -1423,11 +1355,11 @@ def choose_fp8(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> 
     return able and cfg.fp8 != "off"
 
 
-def choose(cfg: Config, device: torch.device) -> tuple[torch.dtype, str, bool]:
-    """dtype, attention and FP8 head on this device. Raises UserError for what it cannot do."""
+def choose(cfg: Config, device: torch.device) -> tuple[torch.dtype, Kernels, dict[str, str], bool]:
+    """dtype, kernels, their kinds and FP8 head on this device. Raises UserError for what it cannot do."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     dtype = choose_dtype(cfg, capability)
-    return dtype, choose_attention(cfg, capability, dtype), choose_fp8(cfg, capability, dtype)
+    return dtype, *choose_kernels(cfg, capability, dtype), choose_fp8(cfg, capability, dtype)
 
 
 def run_trial(trainer: Trainer, cfg: Config, files: list[Path], plan: Plan, validation: Validation, clock: Clock,

@@ -1,24 +1,754 @@
-"""The trainer's GPU kernels, written in Triton, each beside a plain PyTorch reference that defines it.
+"""The trainer's GPU kernels, written in Triton, each beside the plain PyTorch reference that defines it.
 
-Every kernel is an opaque operator in the "speedrun" namespace, so torch.compile(fullgraph=True) takes it as it is.
-A public function runs its kernel where kernels_available(device) and its reference elsewhere, so the file also
-imports, and every public function works, where Triton cannot be imported. Under TRITON_INTERPRET=1 (set before
-triton is first imported) the operators themselves also take CPU tensors; that is how the tests run them without a GPU.
+A section has its equation, shapes, dtypes and sources; NAME_reference, in plain PyTorch; the kernels, behind an opaque
+operator of the "speedrun" namespace, so torch.compile(fullgraph=True) takes it; and NAME, its public function, with
+the reference's signature. `choose`, the last section, picks a run's functions for its GPU. A shape, layout, device or
+dtype that a section does not list raises ValueError.
+
+The file imports where Triton cannot be imported. Under TRITON_INTERPRET=1 (set before triton is first imported) the
+operators take CPU tensors; that is how the tests run them without a GPU. Measured times: records/NOTES.md.
 """
 
+import os
+import struct
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    jit = triton.jit
 except ImportError:  # no wheel for this platform: the references carry on alone
-    triton = None
+    triton, tl = None, SimpleNamespace(constexpr=lambda value: value)
+
+    def jit(function):
+        return function
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def kernels_available(device: torch.device | str) -> bool:
-    """Whether the public functions of this file run their Triton kernels for tensors on `device`."""
-    return triton is not None and torch.device(device).type == "cuda"
+    """Whether this file's operators run on `device`; each public function takes its reference where they do not."""
+    return triton is not None and (INTERPRETED or torch.device(device).type == "cuda")
+
+
+########################################################################################################################
+#                             Causal attention over packed documents with a left window                                #
+########################################################################################################################
+#
+#     out_i = gate_i * sum_j softmax_j(scale * q_i . k_j) v_j   over j <= i <= j + window in i's document
+#
+# qkv         (T, 2 H W + H V)  packed rows: H query, H key heads of width W, H value heads of width V; 64 or 128 each
+# documents   Documents         made once a batch by `documents`
+# cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed, then channel j turns with channel j + W / 4,
+#                               and the second half of the channels stands still
+# gate        (T, H)            or None, which is 1
+# value       (T, H V)          or None. With it and value_gate (T, H), value_gate * value is added to v
+# paired                        token t becomes rows 2t and 2t + 1 of a sequence with half of the heads each
+# key_offset                    the still half of a key is that of the row before; the first row keeps its own
+# out         (T, H V)
+#
+# All of one dtype, bf16 or fp16 (in the interpreter fp32, in the reference any); sums are fp32.
+# Differentiable by qkv, gate, value and value_gate. Deterministic: no atomics.
+#
+# Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442); rotary embedding (2104.09864), half-truncated in
+# modded-nanogpt's record #20; gates #28; value embeddings (2410.17897), #14; key offset #49; paired heads #58.
+
+
+class Documents(NamedTuple):
+    """Where the documents of a packed batch lie; `documents` makes it."""
+    cu_seqlens: Tensor  # (N + 1,) int32 starts of the documents and T, padded with T
+    max_doc: int        # the longest document or a bound on it
+    first: Tensor       # (T,) int32, start of each token's document
+    last: Tensor        # (T,) int32, its end (exclusive)
+
+
+def documents(cu_seqlens: Tensor, max_doc: int, tokens: int) -> Documents:
+    position = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    index = torch.searchsorted(cu_seqlens, position, right=True)
+    return Documents(cu_seqlens, max_doc, cu_seqlens[index - 1], cu_seqlens[index])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (rows, H, W), cos and sin (rows, W / 4)."""
+    a, b, still = x.split((x.size(-1) // 4, x.size(-1) // 4, x.size(-1) // 2), dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, still), dim=-1)
+
+
+def prepare_attention(qkv: Tensor, heads: int, width: int, v_width: int, cos: Tensor | None, sin: Tensor | None,
+                      value: Tensor | None, value_gate: Tensor | None, paired: bool, key_offset: bool):
+    """q, k (rows, H', W) and v (rows, H', V) as the softmax sees them, in plain PyTorch."""
+    _check_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
+    rows, part = (2 * len(qkv), heads // 2) if paired else (len(qkv), heads)
+    q, k, v = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
+    if value is not None:
+        v = v + (value_gate[:, :, None] * value.view(-1, heads, v_width)).flatten(1)
+    q, k, v = (x.reshape(rows, part, -1) for x in (q, k, v))
+    if cos is not None:
+        q, k = (rotate(F.rms_norm(x, (width,)), cos[:rows], sin[:rows]) for x in (q, k))
+    if key_offset:
+        turning, still = k.chunk(2, dim=-1)
+        k = torch.cat((turning, torch.cat((still[:1], still[:-1]))), dim=-1)
+    return q, k, v
+
+
+def attention_reference(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int,
+                        scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
+                        value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
+                        key_offset: bool = False, block: int = 512) -> Tensor:
+    """The definition. Memory grows with block * (block + window), not with T * T."""
+    q, k, v = prepare_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
+    parts, out = 2 if paired else 1, []
+    position = torch.arange(len(q), device=q.device)
+    lowest = torch.maximum(documents.first.repeat_interleave(parts) * parts, position - window)
+    for start in range(0, len(q), block):
+        queries, keys = slice(start, start + block), slice(max(0, start - window), start + block)
+        seen = (position[None, keys] <= position[queries, None]) & (position[None, keys] >= lowest[queries, None])
+        part = (x.transpose(0, 1) for x in (q[queries], k[keys], v[keys]))
+        out.append(F.scaled_dot_product_attention(*part, attn_mask=seen, scale=scale).transpose(0, 1))
+    return gated(torch.cat(out), gate, heads)
+
+
+def attention_library(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int,
+                      scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
+                      value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
+                      key_offset: bool = False) -> Tensor:
+    """The same through PyTorch's FlashAttention: bf16 or fp16, W = V, compute capability 8.0 and up."""
+    from torch.nn.attention.varlen import varlen_attn
+    q, k, v = prepare_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
+    parts = 2 if paired else 1
+    cu_seqlens, longest = documents.cu_seqlens * parts, documents.max_doc * parts
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(window, 0))
+    return gated(out, gate, heads)
+
+
+def gated(out: Tensor, gate: Tensor | None, heads: int) -> Tensor:
+    """(rows, H', V) to (T, H V), times (T, H)."""
+    rows, part, v_width = out.shape
+    out = out.reshape(rows * part // heads, heads, v_width)
+    return (out if gate is None else out * gate[:, :, None]).flatten(1)
+
+
+def _check_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset) -> None:
+    if qkv.ndim != 2 or qkv.size(1) != heads * (2 * width + v_width) or not qkv.is_contiguous():
+        raise ValueError(f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}: pass contiguous rows of "
+                         f"{heads} heads, (T, {heads * (2 * width + v_width)}).")
+    if paired and heads % 2:
+        raise ValueError(f"{heads} heads cannot be paired: take an even number.")
+    if key_offset and cos is None:
+        raise ValueError("key_offset shifts the channels that do not rotate: pass cos and sin.")
+    rows = 2 * len(qkv) if paired else len(qkv)
+    for name, table in (("cos", cos), ("sin", sin)):
+        if cos is not None and (table.ndim != 2 or len(table) < rows or table.size(1) != width // 4):
+            raise ValueError(f"{name} has shape {tuple(table.shape)}: pass at least ({rows}, {width // 4}).")
+    if value is not None and (value.shape != (len(qkv), heads * v_width) or value_gate.shape != (len(qkv), heads)):
+        raise ValueError(f"value and value_gate have shapes {tuple(value.shape)} and {tuple(value_gate.shape)}: pass "
+                         f"({len(qkv)}, {heads * v_width}) and ({len(qkv)}, {heads}).")
+
+
+# Tiles as measured on an H200 at widths of 128: two programs of 4 warps share a multiprocessor, so one's softmax runs
+# beside the other's products. Wider tiles, 8 warps, and loops split into masked and unmasked parts were all slower.
+TILE, SMALL_WINDOW = 64, 128
+TO_LOG2 = tl.constexpr(1.4426950408889634)
+NORM_EPS = tl.constexpr(1.1920928955078125e-07)  # F.rms_norm's
+
+
+@jit
+def _halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+@jit
+def _within(distance, limit):
+    """0 <= distance <= limit, in one comparison."""
+    return distance.to(tl.uint32, bitcast=True) <= limit.to(tl.uint32, bitcast=True)
+
+
+@jit
+def _load_parts(ptr, inside, WIDTH: tl.constexpr):
+    """The two quarters that turn and the half that does not, in fp32."""
+    quarter, half = tl.arange(0, WIDTH // 4)[None, :], tl.arange(0, WIDTH // 2)[None, :]
+    a = tl.load(ptr + quarter, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(ptr + WIDTH // 4 + quarter, mask=inside, other=0.0).to(tl.float32)
+    still = tl.load(ptr + WIDTH // 2 + half, mask=inside, other=0.0).to(tl.float32)
+    return a, b, still
+
+
+@jit
+def _store_parts(ptr, a, b, still, inside, still_ptr, still_inside, WIDTH: tl.constexpr):
+    quarter, half = tl.arange(0, WIDTH // 4)[None, :], tl.arange(0, WIDTH // 2)[None, :]
+    dtype = ptr.dtype.element_ty
+    tl.store(ptr + quarter, a.to(dtype), mask=inside)
+    tl.store(ptr + WIDTH // 4 + quarter, b.to(dtype), mask=inside)
+    tl.store(still_ptr + WIDTH // 2 + half, still.to(dtype), mask=still_inside)
+
+
+@jit
+def _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH: tl.constexpr):
+    at = rows[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
+    cos = tl.load(cos_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _mean(x, y, z, WIDTH: tl.constexpr):
+    return ((tl.sum(x, 1) + tl.sum(y, 1) + tl.sum(z, 1)) / WIDTH)[:, None]
+
+
+@jit
+def _store_raw_gradient(da, db, dstill, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, WIDTH: tl.constexpr):
+    """From the gradient of the normed and turned row back to that of the raw one."""
+    cos, sin = _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH)
+    da, db = da * cos - db * sin, db * cos + da * sin
+    a, b, still = _load_parts(raw_ptr, inside, WIDTH)
+    rstd = tl.rsqrt(_mean(a * a, b * b, still * still, WIDTH) + NORM_EPS)
+    a, b, still = a * rstd, b * rstd, still * rstd
+    along = _mean(da * a, db * b, dstill * still, WIDTH)
+    da, db, dstill = rstd * (da - along * a), rstd * (db - along * b), rstd * (dstill - along * still)
+    _store_parts(grad_ptr, da, db, dstill, inside, grad_ptr, inside, WIDTH)
+
+
+@jit
+def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr, value_gate_ptr, T, stride,
+                       HEADS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+                       ROTARY: tl.constexpr, OFFSET: tl.constexpr, VALUE: tl.constexpr, FIRST: tl.constexpr,
+                       BLOCK: tl.constexpr):
+    """One program: BLOCK tokens of one head of Q, K or V, from the packed rows to a tensor of its own."""
+    tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    section, head = FIRST + tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    inside = tokens[:, None] < T
+    source = qkv_ptr + tokens[:, None].to(tl.int64) * stride
+    if section == 2:
+        cols = head * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
+        x = tl.load(source + 2 * HEADS * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)
+        at = tokens[:, None].to(tl.int64) * (HEADS * V_WIDTH) + cols
+        if VALUE:
+            gate = tl.load(value_gate_ptr + tokens * HEADS + head, mask=tokens < T, other=0.0).to(tl.float32)
+            x += gate[:, None] * tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(v_ptr + at, x.to(v_ptr.dtype.element_ty), mask=inside)
+    else:
+        HELD: tl.constexpr = HEADS // PARTS  # heads of a row
+        rows = tokens * PARTS + head // HELD
+        a, b, still = _load_parts(source + (section * HEADS + head) * WIDTH, inside, WIDTH)
+        if ROTARY:
+            rstd = tl.rsqrt(_mean(a * a, b * b, still * still, WIDTH) + NORM_EPS)
+            cos, sin = _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH)
+            a, b, still = a * rstd, b * rstd, still * rstd
+            a, b = a * cos + b * sin, b * cos - a * sin
+        target = k_ptr
+        if section == 0:
+            target = q_ptr
+        target += rows[:, None].to(tl.int64) * (HELD * WIDTH) + head % HELD * WIDTH
+        if OFFSET and section == 1:
+            _store_parts(target, a, b, still, inside, target + HELD * WIDTH, rows[:, None] + 1 < T * PARTS, WIDTH)
+            half = WIDTH // 2 + tl.arange(0, WIDTH // 2)[None, :]
+            tl.store(target + half, still.to(k_ptr.dtype.element_ty), mask=rows[:, None] == 0)
+        else:
+            _store_parts(target, a, b, still, inside, target, inside, WIDTH)
+
+
+@jit
+def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, first_ptr, T, padded, window, scale,
+                       HEADS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+                       GATED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """One program: ROWS queries of one head over the keys that their documents and windows reach. BOUNDED: normed q
+    and k keep the scores so small that no running maximum is needed."""
+    head, row0 = tl.program_id(0), tl.program_id(1) * ROWS
+    rows = row0 + tl.arange(0, ROWS)
+    inside = rows < T
+    lowest = tl.maximum(tl.load(first_ptr + rows // PARTS, mask=inside, other=0) * PARTS, rows - window)
+    start = tl.maximum(tl.load(first_ptr + row0 // PARTS) * PARTS, row0 - window)
+    end = tl.minimum(row0 + ROWS, T)
+    full_from = tl.maximum(tl.load(first_ptr + (end - 1) // PARTS) * PARTS, end - 1 - window)
+    slope = scale * TO_LOG2
+    q = q_desc.load([row0, head * WIDTH])
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], -1e30, tl.float32)
+    acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
+    for key0 in tl.range(start, end, KEYS):
+        k = k_desc.load([key0, head * WIDTH])
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        if (key0 < full_from) | (key0 + KEYS > row0 + 1):
+            keys = key0 + tl.arange(0, KEYS)
+            scores = tl.where(_within(keys[None, :] - lowest[:, None], (rows - lowest)[:, None]), scores, float("-inf"))
+        if BOUNDED:
+            p = tl.exp2(scores * slope)
+        else:
+            new_top = tl.maximum(top, tl.max(scores, 1) * slope)
+            p = tl.exp2(scores * slope - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total *= shrink
+            acc *= shrink[:, None]
+            top = new_top
+        total += tl.sum(p, 1)
+        v = v_desc.load([key0, head * V_WIDTH])
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    lse = tl.log2(total)
+    factor = 1 / total
+    if not BOUNDED:
+        lse += top
+    if GATED:  # exp2(score - lse) is then the gated probability, which is all that the backward pass needs
+        at = rows // PARTS * HEADS + rows % PARTS * (HEADS // PARTS) + head
+        gate = tl.load(gate_ptr + at, mask=inside, other=1.0).to(tl.float32)
+        factor *= gate
+        lse -= tl.log2(gate)
+    out_desc.store([row0, head * V_WIDTH], (acc * factor[:, None]).to(out_desc.dtype))
+    tl.store(lse_ptr + head * padded + rows, lse, mask=inside)
+
+
+@jit
+def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr, delta_ptr, first_ptr, qkv_ptr,
+                  grad_ptr, cos_ptr, sin_ptr, T, padded, stride, window, scale, HEADS: tl.constexpr,
+                  PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, GATED: tl.constexpr,
+                  ROTARY: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """One program: the gradient of ROWS queries of one head, and delta = sum over channels of dout * out / gate, which
+    is also the gradient of the gate."""
+    head, row0 = tl.program_id(0), tl.program_id(1) * ROWS
+    rows = row0 + tl.arange(0, ROWS)
+    inside = rows < T
+    lowest = tl.maximum(tl.load(first_ptr + rows // PARTS, mask=inside, other=0) * PARTS, rows - window)
+    start = tl.maximum(tl.load(first_ptr + row0 // PARTS) * PARTS, row0 - window)
+    slope = scale * TO_LOG2
+    q = q_desc.load([row0, head * WIDTH])
+    dout = dout_desc.load([row0, head * V_WIDTH])
+    out = out_desc.load([row0, head * V_WIDTH])
+    lse = tl.load(lse_ptr + head * padded + rows, mask=inside, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if GATED:
+        at = rows // PARTS * HEADS + rows % PARTS * (HEADS // PARTS) + head
+        gate = tl.load(gate_ptr + at, mask=inside, other=1.0).to(tl.float32)
+        delta = tl.where(gate == 0.0, 0.0, delta / gate)
+    tl.store(delta_ptr + head * padded + rows, delta, mask=inside)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    for key0 in tl.range(start, tl.minimum(row0 + ROWS, T), KEYS):
+        k = k_desc.load([key0, head * WIDTH])
+        v = v_desc.load([key0, head * V_WIDTH])
+        scores = tl.dot(q, k.T, input_precision="ieee")
+        dp = tl.dot(dout, v.T, input_precision="ieee")
+        keys = key0 + tl.arange(0, KEYS)
+        seen = _within(keys[None, :] - lowest[:, None], (rows - lowest)[:, None])
+        p = tl.where(seen, tl.exp2(scores * slope - lse[:, None]), 0.0)
+        acc = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, acc, input_precision="ieee")
+    acc *= scale
+    held = rows % PARTS * (HEADS // PARTS) + head
+    at = (rows // PARTS)[:, None].to(tl.int64) * stride + held[:, None] * WIDTH
+    if ROTARY:
+        turning, dstill = _halves(acc, ROWS, WIDTH)
+        da, db = _halves(turning, ROWS, WIDTH // 2)
+        _store_raw_gradient(da, db, dstill, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside[:, None], WIDTH)
+    else:
+        tl.store(grad_ptr + at + tl.arange(0, WIDTH)[None, :], acc.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@jit
+def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, last_ptr, qkv_ptr, grad_ptr, dk_ptr,
+                    cos_ptr, sin_ptr, T, stride, window, scale, HEADS: tl.constexpr, PARTS: tl.constexpr,
+                    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
+                    ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """One program: the gradients of KEYS keys and values of one head, from all rows that see them."""
+    head, key0 = tl.program_id(0), tl.program_id(1) * KEYS
+    keys = key0 + tl.arange(0, KEYS)
+    inside = keys < T
+    highest = tl.minimum(tl.load(last_ptr + keys // PARTS, mask=inside, other=0) * PARTS - 1, keys + window)
+    final = tl.minimum(key0 + KEYS, T) - 1
+    end = tl.minimum(tl.load(last_ptr + final // PARTS) * PARTS, final + window + 1)
+    slope = scale * TO_LOG2
+    k = k_desc.load([key0, head * WIDTH])
+    v = v_desc.load([key0, head * V_WIDTH])
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, V_WIDTH], tl.float32)
+    for row0 in tl.range(key0, end, ROWS):
+        q = q_desc.load([row0, head * WIDTH])
+        dout = dout_desc.load([row0, head * V_WIDTH])
+        lse = lse_desc.load([head, row0])  # rows past the end read as 0, like theirs of q and dout
+        delta = delta_desc.load([head, row0])
+        rows = row0 + tl.arange(0, ROWS)
+        scores = tl.dot(k, q.T, input_precision="ieee")
+        seen = _within(rows[None, :] - keys[:, None], (highest - keys)[:, None])
+        p = tl.where(seen, tl.exp2(scores * slope - lse), 0.0)
+        dp = tl.dot(v, dout.T, input_precision="ieee")
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dk = tl.dot((p * (dp - delta)).to(q.dtype), q, dk, input_precision="ieee")
+    dk *= scale
+    source = (keys // PARTS)[:, None].to(tl.int64) * stride
+    held = (keys % PARTS * (HEADS // PARTS) + head)[:, None]
+    at = source + (HEADS + held) * WIDTH
+    columns = tl.arange(0, WIDTH)[None, :]
+    dtype = grad_ptr.dtype.element_ty
+    if OFFSET:  # a row's halves belong to two tokens here: _attention_offset_dk goes on
+        dk_ptr += keys[:, None].to(tl.int64) * (HEADS // PARTS * WIDTH) + head * WIDTH
+        tl.store(dk_ptr + columns, dk.to(dtype), mask=inside[:, None])
+    elif ROTARY:
+        turning, dstill = _halves(dk, KEYS, WIDTH)
+        da, db = _halves(turning, KEYS, WIDTH // 2)
+        _store_raw_gradient(da, db, dstill, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, keys, inside[:, None], WIDTH)
+    else:
+        tl.store(grad_ptr + at + columns, dk.to(dtype), mask=inside[:, None])
+    at = source + 2 * HEADS * WIDTH + held * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
+    tl.store(grad_ptr + at, dv.to(dtype), mask=inside[:, None])
+
+
+@jit
+def _attention_offset_dk(dk_ptr, qkv_ptr, grad_ptr, cos_ptr, sin_ptr, T, stride, HEADS: tl.constexpr,
+                         PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: BLOCK tokens of one head, from the gradient of the offset keys to that of the raw ones."""
+    tokens, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    HELD: tl.constexpr = HEADS // PARTS
+    rows = tokens * PARTS + head // HELD
+    inside = tokens[:, None] < T
+    source = dk_ptr + rows[:, None].to(tl.int64) * (HELD * WIDTH) + head % HELD * WIDTH
+    quarter, half = tl.arange(0, WIDTH // 4)[None, :], WIDTH // 2 + tl.arange(0, WIDTH // 2)[None, :]
+    da = tl.load(source + quarter, mask=inside, other=0.0).to(tl.float32)
+    db = tl.load(source + WIDTH // 4 + quarter, mask=inside, other=0.0).to(tl.float32)
+    dstill = tl.load(source + HELD * WIDTH + half, mask=rows[:, None] + 1 < T * PARTS, other=0.0).to(tl.float32)
+    dstill += tl.load(source + half, mask=rows[:, None] == 0, other=0.0).to(tl.float32)
+    at = tokens[:, None].to(tl.int64) * stride + (HEADS + head) * WIDTH
+    _store_raw_gradient(da, db, dstill, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, WIDTH)
+
+
+def _attention_tiles(qkv, q, k, v, heads, width, v_width, held):
+    """Descriptors by (tensor, width, rows a tile): of q, k, v as prepared, or of their columns of the packed rows."""
+    raw = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
+    whole = [x.view(-1, held * w) if x.numel() else y for x, y, w in zip((q, k, v), raw, (width, width, v_width),
+                                                                         strict=True)]
+    return lambda rows, keys: [TensorDescriptor.from_tensor(x, [n, w]) for x, n, w in
+                               zip(whole, (rows, keys, keys), (width, width, v_width), strict=True)]
+
+
+@torch.library.custom_op("speedrun::attention", mutates_args=())
+def _attention(qkv: Tensor, first: Tensor, last: Tensor, cos: Tensor | None, sin: Tensor | None, gate: Tensor | None,
+               value: Tensor | None, value_gate: Tensor | None, heads: int, width: int, v_width: int, window: int,
+               scale: float, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, log2 of the softmax's sums, and q, k, v as prepared (empty where the packed rows serve as they are)."""
+    tokens, parts, held = len(qkv), 1 + paired, heads // (1 + paired)
+    rows, (out, lse, q, k, v) = tokens * parts, _attention_outputs(qkv, cos, value, heads, width, v_width, paired)
+    sections = [i for i, x in enumerate((q, k, v)) if x.numel()]
+    if sections:
+        _attention_prepare[triton.cdiv(tokens, 16), len(sections) * heads](
+            qkv, q, k, v, cos, sin, value, value_gate, tokens, qkv.stride(0), HEADS=heads, PARTS=parts, WIDTH=width,
+            V_WIDTH=v_width, ROTARY=cos is not None, OFFSET=key_offset, VALUE=value is not None, FIRST=sections[0],
+            BLOCK=16, num_warps=8)
+    keys = TILE // 2 if window <= SMALL_WINDOW else TILE
+    tiles = _attention_tiles(qkv, q, k, v, heads, width, v_width, held)
+    _attention_forward[held, triton.cdiv(rows, TILE)](
+        *tiles(TILE, keys), TensorDescriptor.from_tensor(out.view(rows, -1), [TILE, v_width]), gate, lse, first, rows,
+        lse.size(1), window, scale, HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width, GATED=gate is not None,
+        BOUNDED=cos is not None and scale * width < 40, ROWS=TILE, KEYS=keys, num_warps=4, num_stages=3)
+    return out, lse, q, k, v
+
+
+@_attention.register_fake
+def _(qkv, first, last, cos, sin, gate, value, value_gate, heads, width, v_width, window, scale, paired, key_offset):
+    return _attention_outputs(qkv, cos, value, heads, width, v_width, paired)
+
+
+def _attention_outputs(qkv, cos, value, heads, width, v_width, paired):
+    turned, valued = cos is not None or paired, value is not None or paired
+    lse = qkv.new_empty(heads // (1 + paired), -(-len(qkv) * (1 + paired) // TILE) * TILE, dtype=torch.float32)
+    return (qkv.new_empty(len(qkv), heads * v_width), lse, *(qkv.new_empty(len(qkv) if needed else 0, heads * w)
+            for needed, w in ((turned, width), (turned, width), (valued, v_width))))
+
+
+@torch.library.custom_op("speedrun::attention_backward", mutates_args=())
+def _attention_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor,
+                        first: Tensor, last: Tensor, cos: Tensor | None, sin: Tensor | None, gate: Tensor | None,
+                        heads: int, width: int, v_width: int, window: int, scale: float, paired: bool,
+                        key_offset: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and of the gate (empty without one)."""
+    tokens, parts, held = len(qkv), 1 + paired, heads // (1 + paired)
+    rows, padded, stride = tokens * parts, lse.size(1), qkv.stride(0)
+    dqkv, delta, dk = torch.empty_like(qkv), torch.empty_like(lse), torch.empty_like(k) if key_offset else None
+    out, dout = out.view(rows, -1), dout.contiguous().view(rows, -1)
+    tiles, descriptor = _attention_tiles(qkv, q, k, v, heads, width, v_width, held), TensorDescriptor.from_tensor
+    shape = dict(HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width, ROTARY=cos is not None)
+    _attention_dq[held, triton.cdiv(rows, TILE)](
+        *tiles(TILE, TILE // 2), descriptor(out, [TILE, v_width]), descriptor(dout, [TILE, v_width]), gate, lse, delta,
+        first, qkv, dqkv, cos, sin, rows, padded, stride, window, scale, GATED=gate is not None, ROWS=TILE,
+        KEYS=TILE // 2, num_warps=4, num_stages=2 if window <= SMALL_WINDOW else 4, **shape)
+    _attention_dkdv[held, triton.cdiv(rows, TILE)](
+        *tiles(TILE, TILE), descriptor(dout, [TILE, v_width]), descriptor(lse[:, :rows], [1, TILE]),
+        descriptor(delta[:, :rows], [1, TILE]), last, qkv, dqkv, dk, cos, sin, rows, stride, window, scale,
+        OFFSET=key_offset, ROWS=TILE, KEYS=TILE, num_warps=4, num_stages=2, **shape)
+    if key_offset:
+        _attention_offset_dk[triton.cdiv(tokens, 16), heads](dk, qkv, dqkv, cos, sin, tokens, stride, HEADS=heads,
+                                                             PARTS=parts, WIDTH=width, BLOCK=16, num_warps=4)
+    if gate is None:
+        return dqkv, qkv.new_empty(0)
+    dgate = delta[:, :rows].reshape(held, tokens, parts).permute(1, 2, 0).reshape(tokens, heads)
+    return dqkv, dgate.to(gate.dtype).contiguous()
+
+
+@_attention_backward.register_fake
+def _(dout, out, lse, q, k, v, qkv, first, last, cos, sin, gate, heads, *options):
+    return torch.empty_like(qkv), qkv.new_empty(0) if gate is None else torch.empty_like(gate)
+
+
+def _attention_save(ctx, inputs, output):
+    *tensors, ctx.heads, width, v_width, window, scale, paired, key_offset = inputs
+    ctx.options = width, v_width, window, scale, paired, key_offset
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _attention_gradients(ctx, dout, *_):
+    qkv, first, last, cos, sin, gate, value, value_gate, *saved = ctx.saved_tensors
+    dqkv, dgate = _attention_backward(dout, *saved, qkv, first, last, cos, sin, gate, ctx.heads, *ctx.options)
+    dvalue = dvalue_gate = None
+    if value is not None:
+        dv = dqkv[:, -value.size(1):].unflatten(1, (ctx.heads, -1))
+        dvalue = (dv * value_gate[:, :, None]).flatten(1).to(value.dtype)
+        dvalue_gate = (dv.float() * value.view_as(dv).float()).sum(-1).to(value_gate.dtype)
+    return dqkv, None, None, None, None, dgate if gate is not None else None, dvalue, dvalue_gate, *[None] * 7
+
+
+_attention.register_autograd(_attention_gradients, setup_context=_attention_save)
+
+
+def attention(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int, scale: float,
+              cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
+              value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
+              key_offset: bool = False) -> Tensor:
+    """As defined above: by the kernels on a GPU, by the reference elsewhere."""
+    if width not in (64, 128) or v_width not in (64, 128):
+        raise ValueError(f"the widths of Q/K and V are {width} and {v_width}: each must be 64 or 128.")
+    if qkv.dtype not in (torch.bfloat16, torch.float16) and qkv.is_cuda:
+        raise ValueError(f"qkv is {qkv.dtype}: convert it to bfloat16 or float16.")
+    _check_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
+    if not kernels_available(qkv.device):
+        return attention_reference(qkv, documents, heads, width, v_width, window, scale, cos, sin, gate, value,
+                                   value_gate, paired, key_offset)
+    return _attention(qkv, documents.first, documents.last, cos, sin, gate, value, value_gate, heads, width, v_width,
+                      window, scale, paired, key_offset)[0]
+
+
+########################################################################################################################
+#                                        The MLP's matrix products with ReLU^2                                         #
+########################################################################################################################
+#
+#     forward   post = relu(scale * x W')^2        post8 = e4m3(post / post_scale)        amax = max post
+#     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / dpre_scale)
+#
+# x, g  (T, D)   bf16, fp16, fp32 (the references also float64) or FP8, row-major   inputs; gradient of the MLP's output
+# w     (F, D)   x's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
+# scale ()       fp32, or None: 1                                                    product of FP8 operands' scales
+# post  (T, F)   x's dtype, bf16 for FP8
+# post8 (T, F)   and, on request, post8_t (F, T), e4m3, saturated at 448             where post_scale (), fp32, is given
+# amax  (n,)     fp32, one maximum for each program (NaNs left out); with post8      for the next step's post_scale
+# dpre  (T, F)   g's dtype, bf16 for FP8; where dpre_scale () is given, (dpre8 (T, F), dpre8_t (F, T)) in its place
+#
+# Arithmetic is fp32, each output rounded once. FP8 products accumulate at the tensor cores' own precision (about 14
+# bits on Hopper: max_num_imprecise_acc is left at its default). Rows must be a multiple of 16 bytes, as the GPU's
+# tensor descriptors want them. A shape, layout, device or dtype not listed here raises ValueError.
+# Sources: ReLU^2 is that of Primer (arXiv 2109.08668); delayed scaling is that of NVIDIA's Transformer Engine.
+
+E4M3_MAX = 448.0
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# (BM, BN, BK, GROUP, stages, warps, programs for each multiprocessor) by the bytes of an operand's element.
+# Forward, large tiles for the fewest loads; backward, two small ones that hide each other's loads of post.
+RELU_SQUARE_FORWARD = {1: (128, 256, 128, 8, 4, 8, 1), 2: (128, 256, 64, 1, 4, 8, 1), 4: (64, 64, 32, 1, 2, 4, 1)}
+RELU_SQUARE_BACKWARD = {1: (128, 128, 128, 1, 3, 4, 2), 2: (128, 128, 64, 1, 3, 4, 2), 4: (64, 64, 32, 1, 2, 4, 1)}
+
+
+def _check_relu_square(a: Tensor, w: Tensor, post: Tensor | None, *scales: Tensor | None) -> torch.dtype:
+    """The dtype of post, of operands a (x or g) and w that fit; post: None in the forward direction."""
+    for t in (a, w, post):
+        if t is not None and (t.ndim != 2 or 0 in t.shape or not t.is_contiguous()):
+            raise ValueError(f"shape {tuple(t.shape)}, strides {t.stride()}: pass a row-major matrix, no side 0.")
+    if a.shape[1] != w.shape[1] or (post is not None and post.shape != (a.shape[0], w.shape[0])):
+        shapes = [tuple(t.shape) for t in (a, w, post) if t is not None]
+        raise ValueError(f"shapes {shapes} do not fit: pass (T, D), (F, D) and, backward, post (T, F).")
+    fp8 = (E4M3,) if post is None else (E4M3, E5M2)
+    dtype = torch.bfloat16 if a.itemsize == 1 else a.dtype
+    same = a.dtype == w.dtype and a.is_floating_point() and a.itemsize > 1
+    if not (same or a.dtype in fp8 and w.dtype in fp8) or (post is not None and post.dtype != dtype):
+        raise ValueError(f"dtypes {[t.dtype for t in (a, w, post) if t is not None]}: convert the first two to one "
+                         f"floating dtype or to {fp8}, post to the first one's or, for FP8, to bfloat16.")
+    given = [t for t in scales if t is not None]
+    if any(t.dtype != torch.float32 or t.numel() != 1 for t in given):
+        raise ValueError(f"scales are {[(t.dtype, tuple(t.shape)) for t in given]}: pass one number in float32 each.")
+    devices = sorted({str(t.device) for t in (a, w, post, *given) if t is not None})
+    if len(devices) > 1:
+        raise ValueError(f"arguments are on {', '.join(devices)}: move them to one device.")
+    return dtype
+
+
+@torch.no_grad()
+def relu_square_linear_reference(x: Tensor, w: Tensor, scale: Tensor | None = None, post_scale: Tensor | None = None,
+                                 transposed: bool = False) -> list[Tensor]:  # fmt: skip
+    """[post], or with post_scale [post, post8, amax], or with transposed too [post, post8, amax, post8_t]."""
+    dtype = _check_relu_square(x, w, None, scale, post_scale)
+    x, w = (t if t.dtype == torch.float64 else t.float() for t in (x, w))
+    wide = (x @ w.t() * (1 if scale is None else scale)).relu().square()
+    post = wide.to(dtype)
+    if post_scale is None:
+        return [post]
+    post8 = (wide / post_scale).clamp(max=E4M3_MAX).to(E4M3)
+    return [post, post8, post.max().float().reshape(1)] + [post8.t().contiguous()] * transposed
+
+
+@torch.no_grad()
+def relu_square_backward_reference(g: Tensor, w: Tensor, post: Tensor, scale: Tensor | None = None,
+                                   dpre_scale: Tensor | None = None) -> list[Tensor]:  # fmt: skip
+    """[dpre], or with dpre_scale [dpre8, dpre8_t]."""
+    dtype = _check_relu_square(g, w, post, scale, dpre_scale)
+    g, w, post = (t if t.dtype == torch.float64 else t.float() for t in (g, w, post))
+    dpre = g @ w.t() * (2 if scale is None else 2 * scale) * post.sqrt()
+    if dpre_scale is None:
+        return [dpre.to(dtype)]
+    dpre8 = (dpre / dpre_scale).clamp(-E5M2_MAX, E5M2_MAX).to(E5M2)
+    return [dpre8, dpre8.t().contiguous()]
+
+
+@jit
+def _relu_square_tiles(a, w, post, out, out8, out8_t, scale_ptr, out_scale_ptr, amax_ptr, M, N, K, LIMIT: tl.constexpr,
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+    """Each program takes every num_programs-th tile (BM, BN). a, w, out8_t and, forward, out are descriptors, which
+    read zeros and write nothing outside their matrix; the rest are pointers. None: the mode has no such tensor."""
+    scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
+    factor = 0.25 * scale * scale if post is None else 2.0 * scale
+    factor8 = 1.0 if out8 is None else 1.0 / tl.load(out_scale_ptr)
+    across = tl.cdiv(N, BN) * GROUP  # tiles in GROUP rows of tiles, which are taken column by column
+    largest = tl.zeros([BM], tl.float32)
+    PARTS: tl.constexpr = 4 if post is None else 1  # a quarter at a time leaves the shared memory to the loads
+    # flatten makes one loop of the two, so that the loads of the next tile run during the outputs of this one.
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM * GROUP) * across, tl.num_programs(0), flatten=True):
+        row = (tile // across * GROUP + tile % GROUP) * BM
+        col = tile % across // GROUP * BN
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k in tl.range(0, K, BK):
+            acc = tl.dot(a.load([row, k]), w.load([col, k]).T, acc, input_precision="ieee")
+        if amax_ptr is not None:
+            largest = tl.maximum(largest, tl.max(acc, 1))
+        parts = (acc,)
+        if PARTS == 4:
+            left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+            parts = (left.reshape(BM, 2, BN // 4).permute(0, 2, 1).split()
+                     + right.reshape(BM, 2, BN // 4).permute(0, 2, 1).split())
+        for i in tl.static_range(PARTS):
+            rows, cols = row + tl.arange(0, BM), col + i * (BN // PARTS) + tl.arange(0, BN // PARTS)
+            offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
+            inside = (rows < M)[:, None] & (cols < N)[None, :]
+            if post is None:
+                value = parts[i] + tl.abs(parts[i])  # 2 * relu: an addition has twice the rate of a maximum
+                value = value * value * factor
+                out.store([row, col + i * (BN // PARTS)], value.to(out.dtype))
+            else:
+                value = acc * tl.sqrt(tl.load(post + offsets, mask=inside, other=0.0).to(tl.float32)) * factor
+                if out is not None:
+                    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
+            if out8 is not None:
+                value *= factor8
+                if LIMIT is not None:
+                    value = tl.clamp(value, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+                value8 = value.to(out8.dtype.element_ty)
+                tl.store(out8 + offsets, value8, mask=inside)
+                if out8_t is not None:
+                    out8_t.store([col + i * (BN // PARTS), row], value8.T)
+    if amax_ptr is not None:
+        top = 2.0 * tl.max(largest)
+        tl.store(amax_ptr + tl.program_id(0), (top * top * factor).to(out.dtype).to(tl.float32))
+
+
+def _relu_square_programs(a: Tensor) -> int:  # the interpreter gets a few, so that each has several tiles
+    return torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
+
+
+def _relu_square_outputs(a, w, out_scale, transposed, backward) -> list[Tensor | None]:
+    """[post or dpre, its FP8 copy, amax, the copy transposed]: None what the mode does not have."""
+    shape, fp8, scaled = (a.shape[0], w.shape[0]), E5M2 if backward else E4M3, out_scale is not None
+    return [
+        None if backward and scaled else a.new_empty(shape, dtype=torch.bfloat16 if a.itemsize == 1 else a.dtype),
+        a.new_empty(shape, dtype=fp8) if scaled else None,
+        a.new_empty(_relu_square_programs(a), dtype=torch.float32) if scaled and not backward else None,
+        a.new_empty(shape[::-1], dtype=fp8) if scaled and transposed else None,
+    ]
+
+
+def _run_relu_square(a, w, post, scale, out_scale, transposed) -> list[Tensor]:
+    _check_relu_square(a, w, post, scale, out_scale)
+    outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, out_scale, transposed, post is not None)
+    for t in (a, w, post, out, out8, out8_t):
+        if t is not None and (t.shape[1] * t.itemsize % 16 or t.data_ptr() % 16):
+            raise ValueError(f"{t.dtype} matrix {tuple(t.shape)}: rows or start are not at multiples of 16 bytes: pad "
+                             f"T, D and F to multiples of {16 // t.itemsize} and pass fresh tensors.")
+    if a.itemsize > 4 or (a.itemsize == 4 and out8 is not None):
+        raise ValueError(f"the kernel has no {a.dtype} operands{' for FP8 outputs' * (a.itemsize == 4)}: convert them.")
+    bm, bn, bk, group, stages, warps, each = (RELU_SQUARE_FORWARD if post is None else RELU_SQUARE_BACKWARD)[a.itemsize]
+    part, tiled = bn // 4 if post is None else bn, TensorDescriptor.from_tensor
+    # The GPU's conversions saturate, the interpreter's do not.
+    limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX
+    _relu_square_tiles[(_relu_square_programs(a) * each,)](
+        tiled(a, [bm, bk]), tiled(w, [bn, bk]), post, tiled(out, [bm, part]) if post is None else out, out8,
+        None if out8_t is None else tiled(out8_t, [part, bm]), scale, out_scale, amax, *a.shape[:1], *w.shape, limit,
+        bm, bn, bk, group, num_stages=stages, num_warps=warps)  # fmt: skip
+    return [t for t in outputs if t is not None]
+
+
+@torch.library.custom_op("speedrun::relu_square_linear", mutates_args=())
+def relu_square_linear_kernel(x: Tensor, w: Tensor, scale: Tensor | None = None, post_scale: Tensor | None = None,
+                              transposed: bool = False) -> list[Tensor]:  # fmt: skip
+    """As relu_square_linear_reference, by the kernel."""
+    return _run_relu_square(x, w, None, scale, post_scale, transposed)
+
+
+@torch.library.custom_op("speedrun::relu_square_backward", mutates_args=())
+def relu_square_backward_kernel(g: Tensor, w: Tensor, post: Tensor, scale: Tensor | None = None,
+                                dpre_scale: Tensor | None = None) -> list[Tensor]:  # fmt: skip
+    """As relu_square_backward_reference, by the kernel."""
+    return _run_relu_square(g, w, post, scale, dpre_scale, True)
+
+
+relu_square_linear_kernel.register_fake(
+    lambda x, w, scale=None, post_scale=None, transposed=False:
+    [t for t in _relu_square_outputs(x, w, post_scale, transposed, False) if t is not None])  # fmt: skip
+relu_square_backward_kernel.register_fake(
+    lambda g, w, post, scale=None, dpre_scale=None:
+    [t for t in _relu_square_outputs(g, w, dpre_scale, True, True) if t is not None])  # fmt: skip
+
+
+def relu_square_linear(x: Tensor, *args, **options) -> list[Tensor]:
+    """relu_square_linear_reference, by the kernel on a GPU. Not differentiable."""
+    run = relu_square_linear_kernel if kernels_available(x.device) else relu_square_linear_reference
+    return run(x, *args, **options)
+
+
+def relu_square_backward(g: Tensor, *args, **options) -> list[Tensor]:
+    """relu_square_backward_reference, by the kernel on a GPU. Not differentiable."""
+    run = relu_square_backward_kernel if kernels_available(g.device) else relu_square_backward_reference
+    return run(g, *args, **options)
+
+
+class ReluSquareMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_up, w_down):
+        (post,) = relu_square_linear(x, w_up)
+        ctx.save_for_backward(x, w_up, w_down, post)
+        return post @ w_down
+
+    @staticmethod
+    def backward(ctx, g):
+        x, w_up, w_down, post = ctx.saved_tensors
+        g = g.contiguous()
+        (dpre,) = relu_square_backward(g, w_down, post)
+        return dpre @ w_up, dpre.t() @ x, post.t() @ g
+
+
+def relu_square_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """relu(x w_up')^2 w_down for x (T, D), w_up and w_down (F, D): (T, D), differentiable."""
+    return (x @ w_up.t()).relu().square() @ w_down
+
+
+def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    """As relu_square_mlp_reference, by the two kernels on a GPU; of the hidden layer only post is kept for backward."""
+    return ReluSquareMLP.apply(x, w_up, w_down)
 
 
 ########################################################################################################################
@@ -26,15 +756,21 @@ def kernels_available(device: torch.device | str) -> bool:
 ########################################################################################################################
 #
 #     z = 23 * sigmoid((logit + 5) / 7.5)        losses_i = sum_k weights_k * (logsumexp_j z_ij - z_i[targets_{i+k}])
+#                                                         + weights_K * (logsumexp_j z_ij - z_i[prefix_i])
 #
 # logits  (T, V)  bf16, fp16 or fp32 (the reference also float64), contiguous    the model's raw output
-# targets (T,)    int32 or int64, each in [0, V), which is not checked           targets_i: the token after token i
-# weights (K,)    fp32, 1 <= K <= 4                                              weights_k: of the token k further on
-# losses  (T,)    fp32 (float64 for float64 logits)                              terms with i + k >= T are left out
+# targets (T,)    int32 or int64, each in [-1, V), which is not checked          targets_i: the token after token i
+# prefix  (T,)    the same, or None: then its term and its weight are left out   one more target of each row
+# weights (K,), with prefix (K + 1,); fp32, 1 <= K <= 4                          weights_k: of the token k further on
+# losses  (T,)    fp32 (float64 for float64 logits)
 # grad    (T, V)  bf16, fp16, fp32 or float8_e5m2, clamped to its largest value  grad_scale * d losses_i / d logit_ij
+# grad_t  (V, T)  grad transposed, contiguous; (0, 0) unless both_layouts        FP8 products want the inner axis so
 #
-# Neither is differentiable again: whoever calls this hands grad to the backward pass of what made the logits.
-# A shape, layout, device or dtype not listed here raises ValueError.
+# A target of -1 is none: its term is left out, as are those with i + k >= T. So a loss over a sample of the vocabulary
+# is this operator on the sample's columns, with candidate_positions(targets, ...) as targets. Neither output is
+# differentiable again: whoever calls this hands grad to the backward pass of what made the logits. A shape, layout,
+# device or dtype not listed here raises ValueError. bf16 logits go through the GPU's tanh: its relative error of 2^-11
+# is below the rounding of the logits themselves (2^-9); other logits keep fp32's accuracy.
 #
 # Sources: the softcap is that of Gemma 2 (arXiv 2408.00118), in the sigmoid form of modded-nanogpt's record #54;
 # multi-token prediction is that of Gloeckle et al. 2024 (arXiv 2404.19737), as weighted further targets of the one
@@ -46,43 +782,40 @@ E5M2_MAX = 57344.0  # the largest finite float8_e5m2; a cast alone would make la
 KERNEL_GRAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e5m2)
 
 
-def _check_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> None:
-    if logits.ndim != 2 or 0 in logits.shape:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}: flatten them to (T, V), neither of them 0.")
-    if not logits.is_contiguous():
-        raise ValueError(f"logits have strides {logits.stride()}, which is not row-major: call .contiguous() first.")
-    if targets.shape != logits.shape[:1] or not targets.is_contiguous():
-        raise ValueError(
-            f"targets have shape {tuple(targets.shape)} and strides {targets.stride()}: "
-            f"pass one contiguous token per row of logits, shape ({logits.shape[0]},)."
-        )
-    if targets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"targets are {targets.dtype}: convert them to torch.int32 or torch.int64.")
-    if weights.ndim != 1 or not 1 <= weights.shape[0] <= MAX_TARGETS or not weights.is_contiguous():
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)} and strides {weights.stride()}: "
-            f"pass a contiguous (K,) with 1 <= K <= {MAX_TARGETS}."
-        )
-    if weights.dtype != torch.float32:
-        raise ValueError(f"weights are {weights.dtype}: convert them to torch.float32.")
-    if not logits.device == targets.device == weights.device:
-        raise ValueError(
-            f"logits, targets, weights are on {logits.device}, {targets.device}, {weights.device}: "
-            f"move them to one device."
-        )
+def _check_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, prefix: Tensor | None) -> None:
+    if logits.ndim != 2 or 0 in logits.shape or not logits.is_contiguous():
+        raise ValueError(f"logits have shape {tuple(logits.shape)} and strides {logits.stride()}: "
+                         f"pass a contiguous (T, V), neither of them 0.")
+    terms = range(1, MAX_TARGETS + 1) if prefix is None else range(2, MAX_TARGETS + 2)
+    if weights.ndim != 1 or len(weights) not in terms or not weights.is_contiguous() or weights.dtype != torch.float32:
+        raise ValueError(f"weights are {weights.dtype} of shape {tuple(weights.shape)}: pass a contiguous float32 "
+                         f"(K,), 1 <= K <= {MAX_TARGETS}, and with prefix targets one more, for these, at the end.")
+    for name, index in (("targets", targets), ("prefix", targets if prefix is None else prefix)):
+        integer = index.dtype in (torch.int32, torch.int64)
+        if index.shape != logits.shape[:1] or not index.is_contiguous() or not integer:
+            raise ValueError(f"{name} are {index.dtype} of shape {tuple(index.shape)}: pass one contiguous int32 or "
+                             f"int64 token per row of logits, shape ({logits.shape[0]},).")
+        if not index.device == weights.device == logits.device:
+            raise ValueError(f"logits, {name}, weights are on {logits.device}, {index.device}, {weights.device}: "
+                             f"move them to one device.")
 
 
 @torch.no_grad()
 def softcapped_cross_entropy_reference(
-    logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float, grad_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(losses, grad) as defined above in plain PyTorch: the kernel's definition, and the trainer's path on a CPU."""
-    _check_cross_entropy(logits, targets, weights)
+    logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float, grad_dtype: torch.dtype,
+    prefix: Tensor | None = None, both_layouts: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, grad, grad_t) as defined above in plain PyTorch: the kernel's definition, and what a CPU trains with."""
+    _check_cross_entropy(logits, targets, weights, prefix)
     tokens, vocab = logits.shape
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    ahead = torch.arange(tokens, device=logits.device)[:, None] + torch.arange(len(weights), device=logits.device)
-    index = targets.long()[ahead.clamp(max=tokens - 1)]  # (T, K)
-    weight = weights.to(dtype) * (ahead < tokens)  # (T, K), 0 where the target falls off the end
+    terms = len(weights) - (prefix is not None)
+    ahead = torch.arange(tokens, device=logits.device)[:, None] + torch.arange(terms, device=logits.device)
+    index = targets.long()[ahead.clamp(max=tokens - 1)].where(ahead < tokens, -1)  # (T, K)
+    if prefix is not None:
+        index = torch.cat([index, prefix.long()[:, None]], 1)
+    weight = weights.to(dtype) * (index >= 0)  # 0 where there is no target
+    index = index.clamp(min=0)
     losses = torch.empty(tokens, dtype=dtype, device=logits.device)
     grad = torch.empty_like(logits, dtype=grad_dtype)
     # Eager on a CPU, a few rows at a time: 2 MiB temporaries stay in cache and in the allocator's hands, where
@@ -102,114 +835,990 @@ def softcapped_cross_entropy_reference(
         if grad_dtype == torch.float8_e5m2:
             prob.clamp_(-E5M2_MAX, E5M2_MAX)
         grad[rows] = prob
-    return losses, grad
+    return losses, grad, grad.t().contiguous() if both_layouts else grad.new_empty(0, 0)
 
 
-if triton is not None:
-    LOG2E = 1.4426950408889634
-    # exp(-(logit + SHIFT) / WIDTH) = exp2(logit * SLOPE + OFFSET); exp(-CAP * rest) = exp2(rest * DROP)
-    SLOPE = tl.constexpr(-LOG2E / WIDTH)
-    OFFSET = tl.constexpr(-LOG2E * SHIFT / WIDTH)
-    DROP = tl.constexpr(-LOG2E * CAP)
-    CEILING = tl.constexpr(CAP)
-    STEEPNESS = tl.constexpr(CAP / WIDTH)
-    E5M2_LIMIT = tl.constexpr(E5M2_MAX)
+# exp(-(logit + SHIFT) / WIDTH) = exp2(logit * SLOPE + OFFSET); exp(-CAP * rest) = exp2(rest * DROP). Sums are of
+# exp(z - CAP / 2): it lies between e^-11.5 and e^11.5, so none can overflow and the largest z need not be known.
+LOSS_LOG2E = 1.4426950408889634
+LOSS_SLOPE, LOSS_OFFSET = tl.constexpr(-LOSS_LOG2E / WIDTH), tl.constexpr(-LOSS_LOG2E * SHIFT / WIDTH)
+LOSS_DROP, LOSS_MIDDLE = tl.constexpr(-LOSS_LOG2E * CAP), tl.constexpr(LOSS_LOG2E * CAP / 2)
+LOSS_CAP, LOSS_STEEPNESS, LOSS_E5M2_MAX = tl.constexpr(CAP), tl.constexpr(CAP / WIDTH), tl.constexpr(E5M2_MAX)
+LOSS_FLOOR = tl.constexpr(2.718281828459045 ** (-CAP / 2))
 
-    @triton.jit
-    def _sigmoid_and_rest(logits):
-        """sigmoid((logit + SHIFT) / WIDTH) and 1 minus it, each with fp32's relative accuracy at both ends."""
-        # The exponent stops at 100, where the sigmoid is 2^-100, so that inf * 0 cannot arise; a NaN stays a NaN.
-        exponent = tl.minimum(logits.to(tl.float32) * SLOPE + OFFSET, 100.0, propagate_nan=tl.PropagateNan.ALL)
-        power = tl.exp2(exponent)
-        root = tl.rsqrt(1.0 + power)
-        sig = root * root  # to 3e-7, in 2 instructions; a division takes 5
-        return sig, power * sig
 
-    @triton.jit
-    def _softcapped_cross_entropy_row(
-        logits_ptr,
-        targets_ptr,
-        weights_ptr,
-        losses_ptr,
-        grad_ptr,
-        T,
-        V,
-        grad_scale,
-        K: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        """One program per row sweeps its columns twice: once for the sum of exponentials, once for the gradient."""
-        # Three special functions per element and sweep, which run at a fraction of the rate of other arithmetic, should
-        # bound it, not the masks or the compares with the targets. Its time has not been measured yet.
-        row = tl.program_id(0)
-        logits_ptr += row.to(tl.int64) * V  # 64 bits: T * V passes 2^31 at 43,000 rows of 50,304
-        grad_ptr += row.to(tl.int64) * V
+def _loss_ptx() -> str:
+    """PTX from 4 bf16 logits to 4 exp(z - CAP / 2), and in bf16 to these times 1 - tanh^2 = 4 * sig * rest, where
+    tanh is of (logit + SHIFT) / (2 * WIDTH): 2 special functions an element, which run at 1/8 of the rate of others.
+    What Triton would make of the same lines costs more: it computes a tile again for its transpose."""
+    third, shift, half = ("0f" + struct.pack(">f", x).hex() for x in (
+        0.5 / WIDTH, 0.5 * SHIFT / WIDTH, CAP / 2 * LOSS_LOG2E))
+    ptx = "{ .reg .f32 x, t, s0, s1; .reg .b32 i; "
+    for n in range(4):
+        ptx += f"and.b32 i, ${n // 2 + 6}, 0xffff0000; " if n % 2 else f"shl.b32 i, ${n // 2 + 6}, 16; "
+        ptx += f"mov.b32 x, i; fma.rn.ftz.f32 x, x, {third}, {shift}; tanh.approx.f32 t, x; "
+        ptx += f"mul.rn.ftz.f32 x, t, {half}; ex2.approx.ftz.f32 ${n}, x; "
+        ptx += f"neg.f32 x, t; fma.rn.ftz.f32 x, x, t, 0f3F800000; mul.rn.ftz.f32 s{n % 2}, x, ${n}; "
+        ptx += f"cvt.rn.bf16x2.f32 ${n // 2 + 4}, s1, s0; " if n % 2 else ""
+    return ptx + "}"
 
-        # z < CAP, so exp(z - CAP) cannot overflow and the largest z need not be known: z - CAP = -CAP * rest.
-        sums = tl.zeros([BLOCK], tl.float32)
-        for start in tl.range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            logits = tl.load(logits_ptr + cols, mask=cols < V, other=0.0, eviction_policy="evict_last")
-            _, rest = _sigmoid_and_rest(logits)
-            sums += tl.where(cols < V, tl.exp2(rest * DROP), 0.0)
-        total = tl.sum(sums)
-        log_total = tl.log(total)
 
-        loss = 0.0
-        weight_sum = 0.0
-        for k in tl.static_range(K):
-            inside = row + k < T
-            target = tl.load(targets_ptr + row + k, mask=inside, other=0)
-            weight = tl.load(weights_ptr + k, mask=inside, other=0.0)
-            _, target_rest = _sigmoid_and_rest(tl.load(logits_ptr + target))
-            loss += weight * (log_total + CEILING * target_rest)
-            weight_sum += weight
-        tl.store(losses_ptr + row, loss)
+LOSS_PTX = tl.constexpr(_loss_ptx())
 
-        scale = grad_scale * STEEPNESS
-        share = scale * weight_sum / total
-        for start in tl.range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            logits = tl.load(logits_ptr + cols, mask=cols < V, other=0.0, eviction_policy="evict_first")
-            sig, rest = _sigmoid_and_rest(logits)
-            grad = tl.exp2(rest * DROP) * share
-            for k in tl.static_range(K):
-                # Two scalars from L1; -1, for a target that falls off the end, matches no column.
-                target_col = tl.load(targets_ptr + row + k, mask=row + k < T, other=-1).to(tl.int32)
-                grad = tl.where(cols == target_col, grad - scale * tl.load(weights_ptr + k), grad)
-            grad *= sig * rest
-            if grad_ptr.dtype.element_ty == tl.float8e5:
-                grad = tl.clamp(grad, -E5M2_LIMIT, E5M2_LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=cols < V)
 
-    @torch.library.custom_op("speedrun::softcapped_cross_entropy", mutates_args=())
-    def softcapped_cross_entropy_kernel(
-        logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float, grad_dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """(losses, grad) as defined above, by the kernel."""
-        _check_cross_entropy(logits, targets, weights)
-        if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"logits are {logits.dtype}: convert them to bfloat16, float16 or float32.")
-        if grad_dtype not in KERNEL_GRAD_DTYPES:
-            raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {', '.join(map(str, KERNEL_GRAD_DTYPES))}.")
-        tokens, vocab = logits.shape
-        losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-        grad = torch.empty_like(logits, dtype=grad_dtype)
-        _softcapped_cross_entropy_row[(tokens,)](
-            logits, targets, weights, losses, grad, tokens, vocab, grad_scale, K=len(weights), BLOCK=4096, num_warps=8
-        )
-        return losses, grad
+@jit
+def _loss_sigmoid_and_rest(logits):
+    """sigmoid((logit + SHIFT) / WIDTH) and 1 minus it, each with fp32's relative accuracy at both ends."""
+    # The exponent stops at 100, where the sigmoid is 2^-100, so that inf * 0 cannot arise; a NaN stays a NaN.
+    exponent = tl.minimum(logits.to(tl.float32) * LOSS_SLOPE + LOSS_OFFSET, 100.0, propagate_nan=tl.PropagateNan.ALL)
+    power = tl.exp2(exponent)
+    root = tl.rsqrt(1.0 + power)
+    sig = root * root  # to 3e-7, in 2 instructions; a division takes 5
+    return sig, power * sig
 
-    @softcapped_cross_entropy_kernel.register_fake
-    def _(logits, targets, weights, grad_scale, grad_dtype):
-        return logits.new_empty(logits.shape[0], dtype=torch.float32), torch.empty_like(logits, dtype=grad_dtype)
+
+@jit
+def _loss_power_and_slope(logits, FAST: tl.constexpr):
+    """exp(z - CAP / 2), and the same times 4 * sig * rest."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            LOSS_PTX, "=&f,=&f,=&f,=&f,=&r,=&r,r,r", [logits], (tl.float32, tl.bfloat16), True, 4)
+    else:
+        sig, rest = _loss_sigmoid_and_rest(logits)
+        power = tl.exp2(rest * LOSS_DROP + LOSS_MIDDLE)
+        return power, 4.0 * sig * rest * power
+
+
+@jit
+def _loss_stored(grad, DTYPE: tl.constexpr, FAST: tl.constexpr):
+    """grad as DTYPE, clamped where that is e5m2; FAST: by one instruction for 2 values, which clamps by itself."""
+    if DTYPE == tl.float8e5 and FAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e5m2x2.f32 low, $2, $1; "
+            "cvt.rn.satfinite.e5m2x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
+            "=r,f,f,f,f", [grad], tl.float8e5, False, 4)
+    elif DTYPE == tl.float8e5:
+        grad = tl.clamp(grad, -LOSS_E5M2_MAX, LOSS_E5M2_MAX, propagate_nan=tl.PropagateNan.ALL)
+    return grad.to(DTYPE)
+
+
+@jit
+def _loss_target(targets_ptr, prefix_ptr, rows, T, k: tl.constexpr, K: tl.constexpr):
+    """The k-th target of each row, or its prefix target where k = K; -1 where there is none."""
+    if k < K:
+        return tl.load(targets_ptr + rows + k, mask=rows + k < T, other=-1)
+    else:
+        return tl.load(prefix_ptr + rows, mask=rows < T, other=-1)
+
+
+@jit
+def _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, K: tl.constexpr, TERMS: tl.constexpr):
+    total = tl.zeros(rows.shape, tl.float32)
+    for k in tl.static_range(TERMS):
+        total += tl.where(_loss_target(targets_ptr, prefix_ptr, rows, T, k, K) >= 0, tl.load(weights_ptr + k), 0.0)
+    return total
+
+
+@jit
+def _loss_load(logits_ptr, rows, cols, T, V, end, POLICY: tl.constexpr):
+    inside = (rows < T)[:, None] & (cols < end)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * V + cols[None, :]  # 64 bits: T * V passes 2^31 at 43,000 rows of 50,304
+    return tl.load(logits_ptr + offsets, mask=inside, other=float("-inf"), eviction_policy=POLICY)
+
+
+@jit
+def _loss_add_sums(logits_ptr, totals_ptr, counts_ptr, rows, group, start, end, T, V, COLS: tl.constexpr,
+                   FAST: tl.constexpr):
+    """Adds a strip's sums to its rows' totals, then 1 to its group's count."""
+    total = tl.zeros(rows.shape, tl.float32)
+    for first in tl.range(start, end, COLS, num_stages=1):
+        cols = first + tl.arange(0, COLS)
+        power, _ = _loss_power_and_slope(_loss_load(logits_ptr, rows, cols, T, V, end, "evict_last"), FAST)
+        if not FAST:
+            power = tl.where((cols < end)[None, :], power, 0.0)
+        total += tl.sum(power, 1)
+    if FAST:  # cheaper than a mask: each column past the end added exp(-CAP / 2)
+        total -= (tl.cdiv(end - start, COLS) * COLS - (end - start)) * LOSS_FLOOR
+    # In float64, rounded to fp32 when read, so that the order of the additions hardly ever shows.
+    tl.atomic_add(totals_ptr + rows, total.to(tl.float64), mask=rows < T, sem="relaxed")
+    tl.debug_barrier()  # all threads' additions before the one release
+    tl.atomic_add(counts_ptr + group, 1, sem="release")
+
+
+@jit
+def _loss_write_gradient(
+    logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr,
+    rows, group, start, end, strips, T, V, grad_scale,
+    K: tl.constexpr, TERMS: tl.constexpr, BOTH: tl.constexpr, COLS: tl.constexpr, FAST: tl.constexpr
+):
+    """Writes a strip of the gradient, as if none of its entries were a target, once its rows' totals are complete."""
+    share = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, K, TERMS)
+    while tl.atomic_add(counts_ptr + group, 0, sem="acquire") < strips:
+        pass
+    total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0, cache_modifier=".cg").to(tl.float32)
+    share *= grad_scale * LOSS_STEEPNESS * 0.25 / total
+    for first in tl.range(start, end, COLS, num_stages=1):
+        cols = first + tl.arange(0, COLS)
+        _, grad = _loss_power_and_slope(_loss_load(logits_ptr, rows, cols, T, V, end, "evict_first"), FAST)
+        if FAST:  # to fp32
+            grad = tl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [grad], tl.float32, True, 2)
+        grad = _loss_stored(grad * share[:, None], grad_ptr.dtype.element_ty, FAST)
+        inside = (rows < T)[:, None] & (cols < end)[None, :]
+        tl.store(grad_ptr + (rows.to(tl.int64)[:, None] * V + cols[None, :]), grad, mask=inside, cache_modifier=".cs")
+        if BOTH:
+            inside = (cols < end)[:, None] & (rows < T)[None, :]
+            offsets = cols.to(tl.int64)[:, None] * T + rows[None, :]
+            tl.store(grad_t_ptr + offsets, tl.trans(grad), mask=inside, cache_modifier=".cs")
+
+
+@jit
+def _loss_dense(
+    logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr, T, V, grad_scale,
+    K: tl.constexpr, TERMS: tl.constexpr, BOTH: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr, STRIP: tl.constexpr, AHEAD: tl.constexpr
+):
+    """Sums and gradient in one launch, so that the logits the gradient reads again are still in the L2 cache."""
+    # A strip is ROWS x STRIP. Even tickets sum, odd ones write the gradient AHEAD groups of rows later. Every sum that
+    # a program waits for has a lower ticket, hence a program that has started: no order of programs can deadlock.
+    strips = tl.cdiv(V, STRIP)
+    ticket = tl.atomic_add(counts_ptr + tl.cdiv(T, ROWS), 1, sem="relaxed")
+    strip = ticket // 2 - ticket % 2 * AHEAD * strips
+    group = strip // strips
+    start = strip % strips * STRIP
+    end = tl.minimum(start + STRIP, V)
+    rows = group * ROWS + tl.arange(0, ROWS)
+    if ticket % 2 == 0:
+        if group * ROWS < T:
+            _loss_add_sums(logits_ptr, totals_ptr, counts_ptr, rows, group, start, end, T, V, COLS, FAST)
+    else:
+        if strip >= 0:
+            _loss_write_gradient(
+                logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr,
+                rows, group, start, end, strips, T, V, grad_scale, K, TERMS, BOTH, COLS, FAST)
+
+
+@jit
+def _loss_at_targets(
+    logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, losses_ptr, grad_ptr, grad_t_ptr, T, V, grad_scale,
+    K: tl.constexpr, TERMS: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """The losses, and over what _loss_dense wrote there, the gradient at the targets."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0).to(tl.float32) * LOSS_FLOOR  # of exp(z - CAP)
+    weight_sum = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, K, TERMS)
+    loss = weight_sum * tl.log(total)
+    for k in tl.static_range(TERMS):
+        target = _loss_target(targets_ptr, prefix_ptr, rows, T, k, K).to(tl.int64)
+        found = target >= 0
+        offsets = rows.to(tl.int64) * V + target
+        sig, rest = _loss_sigmoid_and_rest(tl.load(logits_ptr + offsets, mask=found, other=0.0))
+        loss += tl.where(found, tl.load(weights_ptr + k) * rest * LOSS_CAP, 0.0)
+        weight = tl.zeros([ROWS], tl.float32)  # of all terms with this target; each of them writes the same
+        for other in tl.static_range(TERMS):
+            same = _loss_target(targets_ptr, prefix_ptr, rows, T, other, K) == target
+            weight += tl.where(same, tl.load(weights_ptr + other), 0.0)
+        grad = (weight_sum * tl.exp2(rest * LOSS_DROP) / total - weight) * (grad_scale * LOSS_STEEPNESS) * sig * rest
+        grad = _loss_stored(grad, grad_ptr.dtype.element_ty, False)
+        tl.store(grad_ptr + offsets, grad, mask=found)
+        if BOTH:
+            tl.store(grad_t_ptr + target * T + rows, grad, mask=found)
+    tl.store(losses_ptr + rows, loss, mask=rows < T)
+
+
+@torch.library.custom_op("speedrun::softcapped_cross_entropy", mutates_args=())
+def softcapped_cross_entropy_kernel(
+    logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float, grad_dtype: torch.dtype,
+    prefix: Tensor | None = None, both_layouts: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, grad, grad_t) as defined above, by the kernels."""
+    _check_cross_entropy(logits, targets, weights, prefix)
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"logits are {logits.dtype}: convert them to bfloat16, float16 or float32.")
+    if grad_dtype not in KERNEL_GRAD_DTYPES:
+        raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {', '.join(map(str, KERNEL_GRAD_DTYPES))}.")
+    (tokens, vocab), terms = logits.shape, len(weights)
+    losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+    grad = torch.empty_like(logits, dtype=grad_dtype)
+    grad_t = grad.new_empty((vocab, tokens) if both_layouts else (0, 0))
+    shape = dict(K=terms - (prefix is not None), TERMS=terms, BOTH=both_layouts)
+    rows, strip, ahead = 64, 256, 2  # 2 groups are 13 MB of logits, which the 60 MB of L2 hold beside the gradient
+    fast = logits.dtype == torch.bfloat16 and logits.is_cuda  # not in the interpreter, which runs no PTX
+    totals = torch.zeros(tokens, dtype=torch.float64, device=logits.device)
+    counts = torch.zeros(triton.cdiv(tokens, rows) + 1, dtype=torch.int32, device=logits.device)  # the last: tickets
+    inputs = logits, targets, prefix, weights, totals
+    programs = 2 * triton.cdiv(vocab, strip) * (triton.cdiv(tokens, rows) + ahead)
+    _loss_dense[(programs,)](
+        *inputs, counts, grad, grad_t, tokens, vocab, grad_scale, **shape, FAST=fast, ROWS=rows, COLS=128, STRIP=strip,
+        AHEAD=ahead, num_warps=8, maxnreg=64 if fast else None)  # 64 registers: 4 programs fit a multiprocessor
+    _loss_at_targets[(triton.cdiv(tokens, 128),)](
+        *inputs, losses, grad, grad_t, tokens, vocab, grad_scale, **shape, ROWS=128, num_warps=4)
+    return losses, grad, grad_t
+
+
+@softcapped_cross_entropy_kernel.register_fake
+def _(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layouts=False):
+    grad = torch.empty_like(logits, dtype=grad_dtype)
+    grad_t = grad.new_empty(logits.shape[::-1] if both_layouts else (0, 0))
+    return logits.new_empty(logits.shape[0], dtype=torch.float32), grad, grad_t
 
 
 @torch.no_grad()
-def softcapped_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float, grad_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(losses, grad) as defined above: by the kernel on a GPU, by the reference elsewhere."""
-    if kernels_available(logits.device):
-        return softcapped_cross_entropy_kernel(logits, targets, weights, grad_scale, grad_dtype)
-    return softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, grad_dtype)
+def softcapped_cross_entropy(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layouts=False):
+    """(losses, grad, grad_t) as defined above: by the kernels on a GPU, by the reference elsewhere."""
+    kernel = kernels_available(logits.device)
+    function = softcapped_cross_entropy_kernel if kernel else softcapped_cross_entropy_reference
+    return function(logits, targets, weights, grad_scale, grad_dtype, prefix, both_layouts)
+
+
+def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tensor:
+    """Where each of `targets`, in [-1, vocab), stands among the distinct tokens `candidates`; -1 if it does not."""
+    table = targets.new_full((vocab + 1,), -1)  # its last entry, which the target -1 finds, stays -1
+    table[candidates.long()] = torch.arange(len(candidates), dtype=targets.dtype, device=targets.device)
+    return table[targets.long()]
+
+
+########################################################################################################################
+#                            Symmetric products, and the orthogonalisation made of them                                #
+########################################################################################################################
+#
+#     gram(x) = x x' (R <= C) or x' x (R > C)            gram_polynomial(a, b, c) = b a + c a a', for a symmetric a
+#     orthogonalise(g):   x = g / (1.02 ||g||_F + 1e-6),   then for the a, b, c of each of five rounds
+#         step = gram_polynomial(gram(x), b, c),   x = a x + step x (R <= C) or a x + x step (R > C)
+#
+# x, g    (N, R, C)  bf16, fp16 or fp32 (the reference also float64), contiguous    N matrices of one shape
+# a       (N, S, S)  likewise
+# results of the arguments' dtype; sums in fp32, and gram, step and x are rounded to that dtype between the products
+#
+# Only tiles on and below the diagonal of a symmetric product are computed; each is stored twice. ||g||^2 is the trace
+# of the first Gram matrix, that of g itself, and the first step makes up for the scale: so ||g||_F must be below 1e9.
+# Nothing here is differentiable. A shape, layout or dtype not listed here raises ValueError.
+#
+# Sources: Muon (K. Jordan et al. 2024); Polar Express (arXiv 2505.16932), five rounds, safety factor 1.02.
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+POLAR_ROUNDS = tl.constexpr(POLAR_EXPRESS)
+MATRIX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _check_matrices(name: str, x: Tensor, dtypes: tuple, square: bool = False) -> None:
+    if x.ndim != 3 or 0 in x.shape or (square and x.shape[1] != x.shape[2]):
+        wanted = "(N, S, S)" if square else "(N, R, C)"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}: pass {wanted}, none of them 0.")
+    if x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}: convert it to bfloat16, float16 or float32.")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} has strides {x.stride()}, which is not row-major: call .contiguous() first.")
+
+
+@torch.no_grad()
+def gram_reference(x: Tensor) -> Tensor:
+    """gram as defined above in plain PyTorch."""
+    _check_matrices("x", x, (*MATRIX_DTYPES, torch.float64))
+    return x.mT @ x if x.size(1) > x.size(2) else x @ x.mT
+
+
+@torch.no_grad()
+def gram_polynomial_reference(a: Tensor, b: float, c: float) -> Tensor:
+    """gram_polynomial as defined above in plain PyTorch."""
+    _check_matrices("a", a, (*MATRIX_DTYPES, torch.float64), square=True)
+    return b * a + c * (a @ a.mT)
+
+
+@torch.no_grad()
+def orthogonalise_reference(g: Tensor) -> Tensor:
+    """orthogonalise as defined above in plain PyTorch: singular values of at least 1e-3 ||g||_F go to about 1."""
+    _check_matrices("g", g, (*MATRIX_DTYPES, torch.float64))
+    x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)
+    tall = g.size(-2) > g.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        step = b * gram + c * (gram @ gram)
+        x = a * x + (x @ step if tall else step @ x)
+    return x
+
+
+@jit
+def _symmetric_tile(
+    left_ptr, left_m, left_k,  # (M, K) and its strides
+    right_ptr, right_k, right_n,  # (K, L)
+    own_ptr, out_ptr,  # (M, L), row-major; own_ptr may be None
+    M, K, L, alpha, beta, diagonal, tile,
+    TRIANGLE: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, traces_ptr=None,
+):  # fmt: skip
+    """One tile of out = left right or, given own, of diagonal * 1 + beta * own + alpha * left right. TILE: BM rows, BN
+    columns (which divide BM), BK terms at a time, stages. TRIANGLE: out is symmetric, and counted are the tiles of the
+    BM x BM blocks on and below the diagonal; traces_ptr gets the trace in parts of BN. EVEN: no tile juts out."""
+    BM: tl.constexpr = TILE[0]
+    BN: tl.constexpr = TILE[1]
+    BK: tl.constexpr = TILE[2]
+    if TRIANGLE:
+        block = tile // (BM // BN)
+        i = ((tl.sqrt(8.0 * block + 1.0) - 1.0) / 2.0).to(tl.int32)
+        i = tl.where((i + 1) * (i + 2) // 2 <= block, i + 1, i)  # should the root have been rounded down
+        j = tile - (BM // BN) * (i * (i + 1) // 2)
+    else:
+        i = tile // tl.cdiv(L, BN)
+        j = tile % tl.cdiv(L, BN)
+    rows = i * BM + tl.arange(0, BM)[:, None]
+    cols = j * BN + tl.arange(0, BN)[None, :]
+    left_ks = tl.arange(0, BK)[None, :]
+    right_ks = tl.arange(0, BK)[:, None]
+    left_ptrs = left_ptr + rows * left_m + left_ks * left_k
+    right_ptrs = right_ptr + right_ks * right_k + cols * right_n
+    inside = None if EVEN else (rows < M) & (cols < L)
+    if own_ptr is not None:  # loaded before the sum, which hides its latency
+        own = tl.load(own_ptr + rows * L + cols, mask=inside)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in tl.range(0, K, BK, num_stages=TILE[3]):
+        if EVEN:
+            left = tl.load(left_ptrs)
+            right = tl.load(right_ptrs)
+        else:
+            left = tl.load(left_ptrs, mask=(rows < M) & (left_ks < K - k), other=0.0)
+            right = tl.load(right_ptrs, mask=(right_ks < K - k) & (cols < L), other=0.0)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        left_ptrs += BK * left_k
+        right_ptrs += BK * right_k
+    if own_ptr is not None:
+        acc = alpha * acc + beta * own.to(tl.float32) + tl.where(rows == cols, diagonal, 0.0)
+    value = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows * L + cols, value, mask=inside)
+    if TRIANGLE:
+        if (j + 1) * BN <= i * BM:  # below the diagonal's blocks, all of whose tiles are computed
+            above = None if EVEN else tl.trans(inside)
+            tl.store(out_ptr + tl.trans(cols) * L + tl.trans(rows), tl.trans(value), mask=above)
+        elif traces_ptr is not None:
+            if j * BN < L:
+                tl.store(traces_ptr + j, tl.sum(tl.where(rows == cols, acc, 0.0)))
+
+
+@jit
+def _symmetric_product(
+    x_ptr, out_ptr, R, C, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """gram, or gram_polynomial where POLYNOMIAL, one program per tile and matrix."""
+    tile = tl.program_id(0)
+    n = tl.program_id(1).to(tl.int64)
+    x_ptr += n * R * C
+    if TALL:
+        _symmetric_tile(x_ptr, 1, C, x_ptr, C, 1, None, out_ptr + n * C * C, C, R, C, c, b, 0.0, tile, True, EVEN, TILE)
+    else:
+        own_ptr = x_ptr if POLYNOMIAL else None
+        out_ptr += n * R * R
+        _symmetric_tile(x_ptr, C, 1, x_ptr, 1, C, own_ptr, out_ptr, R, C, R, c, b, 0.0, tile, True, EVEN, TILE)
+
+
+@jit
+def _orthogonalise(
+    g_ptr,  # (N, R, C)
+    out_ptr,  # (N, R, C): x after rounds 0, 2 and 4
+    work_ptr,  # (N, R * C + 2 * S * S): x after rounds 1 and 3, gram, step
+    counts_ptr,  # int32 zeros: the next item; (N,): the finished tiles of each matrix; (N, SLOTS): traces, as fp32
+    N, R, C,
+    TALL: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr,
+    GRAM_TILE: tl.constexpr, STEP_TILE: tl.constexpr, X_TILE: tl.constexpr,
+):  # fmt: skip
+    """Programs take tiles from one list, all products of all matrices, and wait until what a tile needs is there."""
+    # A tile needs the whole product before it, of the same matrix, all of which stands before it in the list: so the
+    # first unfinished tile of the list never waits, and however few programs run at once, they come to an end.
+    S = C if TALL else R
+    gram_blocks = tl.cdiv(S, GRAM_TILE[0])
+    step_blocks = tl.cdiv(S, STEP_TILE[0])
+    gram_tiles = GRAM_TILE[0] // GRAM_TILE[1] * (gram_blocks * (gram_blocks + 1) // 2)
+    step_tiles = STEP_TILE[0] // STEP_TILE[1] * (step_blocks * (step_blocks + 1) // 2)
+    x_tiles = tl.cdiv(R, X_TILE[0]) * tl.cdiv(C, X_TILE[1])
+    tiles = gram_tiles + step_tiles + x_tiles  # of one matrix in one round
+    seen = -1
+    item = tl.atomic_add(counts_ptr, 1, sem="relaxed")
+    while item < 5 * N * tiles:
+        round = item // (N * tiles)
+        tile = item % (N * tiles)
+        before = 0  # of this matrix's tiles in this round, those that stand before this product
+        here = gram_tiles
+        if tile >= N * (gram_tiles + step_tiles):
+            before = gram_tiles + step_tiles
+            here = x_tiles
+        elif tile >= N * gram_tiles:
+            before = gram_tiles
+            here = step_tiles
+        n = (tile - N * before) // here
+        tile = (tile - N * before) % here
+        done_ptr = counts_ptr + 1 + n
+        needed = round * tiles + before
+        if needed * N + n != seen:
+            while tl.atomic_add(done_ptr, 0, sem="acquire") < needed:
+                pass
+            tl.debug_barrier()
+            seen = needed * N + n
+
+        start = n.to(tl.int64) * (R * C)
+        other = work_ptr + n.to(tl.int64) * (R * C + 2 * S * S)
+        gram = other + R * C
+        step = gram + S * S
+        old = other
+        new = out_ptr + start
+        if round % 2 == 1:
+            old = new
+            new = other
+        elif round == 0:
+            old = g_ptr + start
+        traces_ptr = (counts_ptr + 1 + N).to(tl.pointer_type(tl.float32)) + n * SLOTS
+        if before == 0:
+            if TALL:
+                _symmetric_tile(
+                    old, 1, C, old, C, 1, None, gram, S, R, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE, traces_ptr
+                )
+            else:
+                _symmetric_tile(
+                    old, C, 1, old, 1, C, None, gram, S, C, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE, traces_ptr
+                )
+        elif before == gram_tiles:
+            a = POLAR_ROUNDS[0][0]
+            b = POLAR_ROUNDS[0][1]
+            c = POLAR_ROUNDS[0][2]
+            for r in tl.static_range(1, 5):
+                a = tl.where(round == r, POLAR_ROUNDS[r][0], a)
+                b = tl.where(round == r, POLAR_ROUNDS[r][1], b)
+                c = tl.where(round == r, POLAR_ROUNDS[r][2], c)
+            if round == 0:
+                slots = tl.arange(0, SLOTS)
+                traces = tl.load(traces_ptr + slots, mask=slots < tl.cdiv(S, GRAM_TILE[1]), other=0.0)
+                scale = 1.0 / (1.02 * tl.sqrt(tl.sum(traces)) + 1e-6)
+                a *= scale
+                b *= scale * scale * scale
+                c *= scale * scale * scale
+                c *= scale * scale
+            _symmetric_tile(gram, S, 1, gram, 1, S, gram, step, S, S, S, c, b, a, tile, True, EVEN, STEP_TILE)
+        else:
+            left = old if TALL else step
+            right = step if TALL else old
+            _symmetric_tile(left, S, 1, right, C, 1, None, new, R, S, C, 1.0, 0.0, 0.0, tile, False, EVEN, X_TILE)
+        item = tl.atomic_add(counts_ptr, 1, sem="relaxed")  # before the arrival: the stores land meanwhile
+        tl.debug_barrier()  # all stores of this program come before its arrival
+        tl.atomic_add(done_ptr, 1, sem="release")
+
+
+def _symmetric_plan(x: Tensor) -> tuple:
+    """TILE of gram, of step and of x (see _symmetric_tile), and warps, for matrices like x."""
+    short, longer = sorted(x.shape[1:])
+    if not x.is_cuda or x.dtype == torch.float32:
+        return (32, 16, 32, 2), (32, 32, 32, 2), (32, 32, 32, 2), 4
+    if short <= 256:
+        return (64, 32, 128, 5), (64, 64, 64, 4), (64, 128, 64, 4), 4
+    if longer <= 1024:
+        return (128, 64, 64, 5), (128, 64, 64, 5), (128, 64, 64, 6), 8
+    return (128, 64, 64, 5), (128, 64, 64, 5), (128, 128, 64, 4), 8
+
+
+def _symmetric_even(x: Tensor, *tiles: tuple) -> bool:
+    return all(size % side == 0 for size in x.shape[1:] for tile in tiles for side in tile[:3])
+
+
+def _run_symmetric_product(x: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
+    (count, rows, cols), (tile, _, _, warps) = x.shape, _symmetric_plan(x)
+    out = x.new_empty(count, min(rows, cols), min(rows, cols))
+    blocks = triton.cdiv(min(rows, cols), tile[0])
+    _symmetric_product[(tile[0] // tile[1] * (blocks * (blocks + 1) // 2), count)](
+        x, out, rows, cols, b, c, polynomial, rows > cols, _symmetric_even(x, tile), tile, num_warps=warps
+    )
+    return out
+
+
+def _run_gram(x: Tensor) -> Tensor:
+    _check_matrices("x", x, MATRIX_DTYPES)
+    return _run_symmetric_product(x, 0.0, 1.0, False)
+
+
+def _run_gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
+    _check_matrices("a", a, MATRIX_DTYPES, square=True)
+    return _run_symmetric_product(a, b, c, True)
+
+
+def _run_orthogonalise(g: Tensor) -> Tensor:
+    _check_matrices("g", g, MATRIX_DTYPES)
+    (count, rows, cols), (gram, step, x, warps) = g.shape, _symmetric_plan(g)
+    if g.is_cuda and (rows % 16 or cols % 16):  # unaligned tall matrices came out as NaN on an H200, cause not found
+        return orthogonalise_reference(g)
+    short, slots = min(rows, cols), triton.next_power_of_2(triton.cdiv(min(rows, cols), gram[1]))
+    out, work = torch.empty_like(g), g.new_empty(count, rows * cols + 2 * short * short)
+    counts = g.new_zeros(1 + count * (1 + slots), dtype=torch.int32)
+    programs = torch.cuda.get_device_properties(g.device).multi_processor_count if g.is_cuda else 3
+    _orthogonalise[(programs,)](
+        g, out, work, counts, count, rows, cols, rows > cols, _symmetric_even(g, gram, step, x), slots, gram, step, x,
+        num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+gram_kernel = torch.library.custom_op("speedrun::gram", _run_gram, mutates_args=())
+gram_polynomial_kernel = torch.library.custom_op("speedrun::gram_polynomial", _run_gram_polynomial, mutates_args=())
+orthogonalise_kernel = torch.library.custom_op("speedrun::orthogonalise", _run_orthogonalise, mutates_args=())
+gram_kernel.register_fake(lambda x: x.new_empty(x.shape[0], min(x.shape[1:]), min(x.shape[1:])))
+gram_polynomial_kernel.register_fake(lambda a, b, c: torch.empty_like(a))
+orthogonalise_kernel.register_fake(lambda g: torch.empty_like(g))
+
+
+# bf16 on a GPU takes the kernels; through the operator, 15 us more of host time a call, only under torch.compile.
+def _dispatch_symmetric(x: Tensor, reference, operator, run):
+    if not kernels_available(x.device) or x.dtype != torch.bfloat16:
+        return reference
+    return operator if torch.compiler.is_compiling() else run
+
+
+@torch.no_grad()
+def gram(x: Tensor) -> Tensor:
+    """gram as defined above."""
+    return _dispatch_symmetric(x, gram_reference, gram_kernel, _run_gram)(x)
+
+
+@torch.no_grad()
+def gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
+    """gram_polynomial as defined above."""
+    return _dispatch_symmetric(a, gram_polynomial_reference, gram_polynomial_kernel, _run_gram_polynomial)(a, b, c)
+
+
+@torch.no_grad()
+def orthogonalise(g: Tensor) -> Tensor:
+    """orthogonalise as defined above."""
+    return _dispatch_symmetric(g, orthogonalise_reference, orthogonalise_kernel, _run_orthogonalise)(g)
+
+
+########################################################################################################################
+#                                      Weighted sum of residual streams and its RMS norm                               #
+########################################################################################################################
+#
+#     y = sum_i c_i * s_i                n = y * rsqrt(mean(y^2) + eps), over the last dimension
+#
+# streams       1 to 5 of (T, D), D <= 4096, one dtype of bf16, fp16, fp32 (the reference also float64), contiguous
+# coefficients  of each stream: None (which is 1), a scalar () fp32, or one per token, (T,) fp32 or the streams' dtype
+# y, n  (T, D)  in the streams' dtype; n is that of the rounded y; eps as in F.rms_norm, fp32's 1.2e-7 below float64
+#
+# Both outputs are differentiable by streams and coefficients, once. Streams without a coefficient are handed one and
+# the same tensor as their gradient. A scalar's gradient is a fixed tree of sums, no atomics: it is repeatable.
+# Source: RMS norm (arXiv 1910.07467) without a learned weight, of modded-nanogpt's weighted sum before each layer.
+
+MIX_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+
+
+def _check_mix(streams: Sequence[Tensor], coefficients: Sequence[Tensor | None], dtypes: Sequence = ()) -> None:
+    if not 1 <= len(streams) <= 5 or len(coefficients) != len(streams):
+        raise ValueError(f"there are {len(streams)} streams and {len(coefficients)} coefficients: "
+                         f"pass one coefficient, or None, for each of 1 to 5 streams.")
+    shape, dtype, device = streams[0].shape, streams[0].dtype, streams[0].device
+    if len(shape) != 2 or 0 in shape or shape[1] > 4096 or dtypes and dtype not in dtypes:
+        raise ValueError(f"streams are {dtype} of shape {tuple(shape)}: pass bf16, fp16, fp32, (T, D), D <= 4096.")
+    for i, (s, c) in enumerate(zip(streams, coefficients, strict=True)):
+        if (s.shape, s.dtype, s.device) != (shape, dtype, device) or not s.is_contiguous():
+            raise ValueError(f"stream {i} is {s.dtype} {tuple(s.shape)} with strides {s.stride()} on {s.device}: pass "
+                             f"it contiguous and like stream 0, {dtype} {tuple(shape)} on {device}.")
+        if c is not None and (c.shape not in ((), shape[:1]) or not c.is_contiguous() or c.device != device
+                              or c.dtype not in (torch.float32, dtype)[:1 + c.ndim]):
+            raise ValueError(f"coefficient {i} is {c.dtype} {tuple(c.shape)} with strides {c.stride()} on {c.device}: "
+                             f"pass a float32 scalar, or a contiguous ({shape[0]},) in it or the streams' dtype.")
+
+
+def mix_norm_reference(streams: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """(y, n) as defined above in plain PyTorch."""
+    _check_mix(streams, coefficients)
+    dtype = torch.promote_types(streams[0].dtype, torch.float32)
+    y = sum(s.to(dtype) if c is None else c.to(dtype).unsqueeze(-1) * s  # a scalar becomes (1,), a (T,) becomes (T, 1)
+            for s, c in zip(streams, coefficients, strict=True)).to(streams[0].dtype)
+    return y, F.rms_norm(y, y.shape[1:])
+
+
+@jit
+def _mix_rows(T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows, whether they exist, and the same of their elements."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, BLOCK)
+    return row, row < T, row.to(tl.int64)[:, None] * D + col[None, :], (row < T)[:, None] & (col < D)[None, :]
+
+
+@jit
+def _mix_sum(streams, coefficients, row, known, at, inside, STEPS: tl.constexpr):
+    """y rounded to the streams' dtype; row t has the coefficient at t * STEPS, 0 for a scalar."""
+    y = tl.zeros(at.shape, tl.float32)
+    for i in tl.static_range(len(streams)):
+        s = tl.load(streams[i] + at, mask=inside, other=0.0).to(tl.float32)
+        if coefficients[i] is not None:
+            s *= tl.load(coefficients[i] + row * STEPS[i], mask=known, other=0.0).to(tl.float32)[:, None]
+        y += s
+    return y.to(streams[0].dtype.element_ty)
+
+
+@jit
+def _mix_norm_forward(streams, coefficients, y_ptr, n_ptr, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                      STEPS: tl.constexpr):
+    """One program has ROWS rows in registers: each stream is read once."""
+    row, known, at, inside = _mix_rows(T, D, ROWS, BLOCK)
+    y = _mix_sum(streams, coefficients, row, known, at, inside, STEPS)
+    tl.store(y_ptr + at, y, mask=inside)
+    y = y.to(tl.float32)
+    root = tl.rsqrt(tl.sum(y * y, 1) / D + MIX_EPS)
+    tl.store(n_ptr + at, (y * root[:, None]).to(n_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _mix_norm_backward(y_ptr, dy_ptr, dn_ptr, g_ptr, streams, coefficients, ds, dc, T, D: tl.constexpr,
+                       ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """g = dy + the norm's share of dn; then g itself, c_i * g, and sum(g * s_i) as far as they are asked for."""
+    row, known, at, inside = _mix_rows(T, D, ROWS, BLOCK)
+    g = tl.zeros([ROWS, BLOCK], tl.float32)
+    if dy_ptr is not None:
+        g += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if dn_ptr is not None:
+        if y_ptr is None:  # every stream is asked for below: the sum of them is one pass over memory less than y
+            y = _mix_sum(streams, coefficients, row, known, at, inside, STEPS).to(tl.float32)
+        else:
+            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        dn = tl.load(dn_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        root = tl.rsqrt(tl.sum(y * y, 1) / D + MIX_EPS)
+        along = root * root * tl.sum(dn * y, 1) / D
+        g += root[:, None] * (dn - along[:, None] * y)
+    if g_ptr is not None:
+        tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
+    for i in tl.static_range(len(coefficients)):
+        c = tl.load(coefficients[i] + row * STEPS[i], mask=known, other=0.0).to(tl.float32)
+        tl.store(ds[i] + at, (c[:, None] * g).to(ds[i].dtype.element_ty), mask=inside)
+        if dc[i] is not None:
+            share = tl.sum(g * tl.load(streams[i] + at, mask=inside, other=0.0).to(tl.float32), 1)
+            if STEPS[i] == 1:
+                tl.store(dc[i] + row, share.to(dc[i].dtype.element_ty), mask=known)
+            else:
+                tl.store(dc[i] + tl.program_id(0), tl.sum(share))
+
+
+def _mix_launch(like: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and sizes: a program has one row, or several short ones, and a warp 512 of its columns."""
+    (tokens, dim), block = like.shape, 1 << (like.shape[1] - 1).bit_length()
+    rows = max(1, 1024 // block)
+    sizes = {"T": tokens, "D": dim, "ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 512)}
+    return (-(-tokens // rows),), sizes
+
+
+@torch.library.custom_op("speedrun::mix_norm", mutates_args=())
+def mix_norm_kernel(streams: Sequence[Tensor], coefficients: Sequence[Tensor], pattern: str) -> tuple[Tensor, Tensor]:
+    """(y, n) as defined above, by the kernel; pattern has a "c" for each stream with a coefficient, else a "-"."""
+    given = iter(coefficients)  # a list with None in it would not be differentiated
+    every = tuple(next(given) if mark == "c" else None for mark in pattern)
+    _check_mix(streams, every, (torch.bfloat16, torch.float16, torch.float32))
+    y, n = torch.empty_like(streams[0]), torch.empty_like(streams[0])
+    grid, sizes = _mix_launch(y)
+    steps = tuple(0 if c is None else c.ndim for c in every)
+    _mix_norm_forward[grid](tuple(streams), every, y, n, **sizes, STEPS=steps)
+    return y, n
+
+
+@mix_norm_kernel.register_fake
+def _(streams, coefficients, pattern):
+    return torch.empty_like(streams[0]), torch.empty_like(streams[0])
+
+
+def _mix_gradients(like, coefficients, needed, plain):
+    """Room for the partial sums of the scalars' gradients, for g if plain, c * g, and the gradients per token."""
+    asked = [c for c, need in zip(coefficients, needed, strict=True) if need]
+    sums = like.new_empty((sum(not c.ndim for c in asked), *_mix_launch(like)[0]), dtype=torch.float32)
+    g, ds = [torch.empty_like(like)] * plain, [torch.empty_like(like) for _ in coefficients]
+    return sums, g, ds, [torch.empty_like(c) for c in asked if c.ndim]
+
+
+@torch.library.custom_op("speedrun::mix_norm_backward", mutates_args=())
+def mix_norm_backward_kernel(y: Tensor | None, dy: Tensor | None, dn: Tensor | None, streams: Sequence[Tensor],
+                             coefficients: Sequence[Tensor], needed: Sequence[bool], plain: bool) -> list[Tensor]:
+    """The tensors of _mix_gradients; streams are those of the needed coefficients, y is None if that is all."""
+    dy, dn = (None if x is None else x.contiguous() for x in (dy, dn))
+    sums, g, ds, dc = _mix_gradients(dy if dn is None else dn, coefficients, needed, plain)
+    scalars, tokens, again, steps = iter(sums), iter(dc), iter(streams), tuple(c.ndim for c in coefficients)
+    grid, sizes = _mix_launch((g + ds)[0])
+    _mix_norm_backward[grid](
+        y, dy, dn, g[0] if plain else None, tuple(next(again) if need else None for need in needed),
+        tuple(coefficients), tuple(ds), tuple(next(tokens if step else scalars) if need else None
+                                              for step, need in zip(steps, needed, strict=True)), **sizes, STEPS=steps)
+    return [sums, *g, *ds, *dc]
+
+
+@mix_norm_backward_kernel.register_fake
+def _(y, dy, dn, streams, coefficients, needed, plain):
+    sums, g, ds, dc = _mix_gradients(dy if dn is None else dn, coefficients, needed, plain)
+    return [sums, *g, *ds, *dc]
+
+
+def _mix_norm_setup(ctx, inputs, output):
+    streams, coefficients, ctx.pattern = inputs
+    ctx.set_materialize_grads(False)  # None, not zeros, for an output that nobody uses
+    ctx.needed = [bool(need) for need in ctx.needs_input_grad[len(streams):][:len(coefficients)]]
+    mixed = [s for s, mark in zip(streams, ctx.pattern, strict=True) if mark == "c"]
+    again = [s for s, need in zip(mixed, ctx.needed, strict=True) if need]
+    ctx.again = len(again)
+    ctx.save_for_backward(None if len(again) == len(streams) else output[0], *again, *coefficients)
+
+
+def _mix_norm_autograd(ctx, dy, dn):
+    y, *rest = ctx.saved_tensors
+    again, coefficients, plain = rest[:ctx.again], rest[ctx.again:], "-" in ctx.pattern
+    sums, *out = mix_norm_backward_kernel(y, dy, dn, again, coefficients, ctx.needed, plain)
+    scalars, out = iter(sums.sum(1)), iter(out)
+    g = next(out) if plain else None
+    ds = [next(out) if mark == "c" else g for mark in ctx.pattern]
+    return ds, [next(out if c.ndim else scalars) if need else None
+                for c, need in zip(coefficients, ctx.needed, strict=True)], None
+
+
+mix_norm_kernel.register_autograd(_mix_norm_autograd, setup_context=_mix_norm_setup)
+
+
+def mix_norm(streams: Sequence[Tensor], coefficients: Sequence[Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
+    """(y, n) as defined above: by the kernel on a GPU, by the reference elsewhere."""
+    coefficients = [None] * len(streams) if coefficients is None else coefficients
+    if not streams or len(streams) != len(coefficients) or not kernels_available(streams[0].device):
+        return mix_norm_reference(streams, coefficients)
+    pattern = "".join("-" if c is None else "c" for c in coefficients)
+    return mix_norm_kernel(list(streams), [c for c in coefficients if c is not None], pattern)
+
+
+########################################################################################################################
+#                             Transposes: a copy, an addition in place, quantised to FP8 both ways                     #
+########################################################################################################################
+#
+#     transpose_copy:  out = src'           transpose_add_:  dst += src'
+#     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q',  amax = max |x|, one per matrix
+#
+# src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
+# out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src
+# x     (M, N) or (B, M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
+# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2; None with rows=False or columns=False
+# scale ()  or, with a batch, (B,): fp32, in the device's memory      amax  () or (B,) fp32; NaN where x has one
+#
+# None of the three is differentiable.
+
+TURN_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+# Four floats to a word of FP8. Written out, because ptxas 12.8 takes the wrong registers when the bytes of such a
+# conversion are picked apart and packed anew. The interpreter knows no PTX: there, _quantize_transpose packs.
+TURN_WORD = None if os.environ.get("TRITON_INTERPRET") == "1" else (
+    "{{ .reg .b16 low, high; cvt.rn.satfinite.{0}x2.f32 low, $2, $1; "
+    "cvt.rn.satfinite.{0}x2.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}")
+
+
+def _check_turn(name: str, x: Tensor, shape: Sequence[int] | None = None, dtypes: Sequence[torch.dtype] = ()) -> None:
+    if (x.ndim != 2 if shape is None else x.shape != shape) or 0 in x.shape or not x.is_contiguous():
+        raise ValueError(f"{name} has shape {tuple(x.shape)} and strides {x.stride()}: "
+                         f"pass it contiguous, {shape or '(M, N)'}, no empty one.")
+    if dtypes and x.dtype not in dtypes:
+        raise ValueError(f"{name} is {x.dtype}: pass one of {', '.join(map(str, dtypes))}.")
+
+
+def _check_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    _check_turn("x", x, x.shape if x.ndim == 3 else None)
+    if x.shape[-2] % 16 or x.shape[-1] % 16 or dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+        raise ValueError(f"x has shape {tuple(x.shape)}, dtype is {dtype}: pass multiples of 16, and an FP8 dtype.")
+    if scale.shape not in ((), x.shape[:-2]) or scale.dtype != torch.float32 or scale.device != x.device:
+        raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}: pass float32, () or one per "
+                         f"matrix of x, on {x.device}.")
+
+
+def transpose_copy_reference(src: Tensor) -> Tensor:
+    """src' as defined above in plain PyTorch."""
+    _check_turn("src", src)
+    return src.t().contiguous()
+
+
+def transpose_add_reference_(dst: Tensor, src: Tensor) -> Tensor:
+    """dst += src' as defined above in plain PyTorch."""
+    _check_turn("src", src, dst.shape[::-1])
+    return dst.add_(src.t())
+
+
+def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
+                                 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(q, q_t, amax) as defined above in plain PyTorch."""
+    _check_quantize(x, scale, dtype)
+    scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / scale).expand(x.shape[:-2])[..., None, None]
+    q = scaled.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    return q if rows else None, q.mT.contiguous() if columns else None, x.abs().amax((-2, -1)).float()
+
+
+@jit
+def _turn_tiles(M, N, PACK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """This program's elements of a matrix (M, N), the r-th of each word r * N further on, and of its transpose in
+    words (N, M / PACK): offset and mask. Programs go down the columns, so that neighbours share lines written."""
+    high = tl.cdiv(M // PACK, BM)
+    first_m, first_n = (tl.program_id(0) % high) * BM, (tl.program_id(0) // high) * BN
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    inside_m, inside_n = first_m + m < M // PACK, first_n + n < N
+    src = first_m.to(tl.int64) * PACK * N + first_n + (m * (PACK * N))[:, None] + n[None, :]
+    dst = first_n.to(tl.int64) * (M // PACK) + first_m + (n * (M // PACK))[:, None] + m[None, :]
+    return src, inside_m[:, None] & inside_n[None, :], dst, inside_n[:, None] & inside_m[None, :]
+
+
+@jit
+def _transpose(src_ptr, dst_ptr, M, N, PACK: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """dst (N, M / PACK) of 4-byte words, each PACK elements of a column of src (M, N): shared memory moves words of
+    4 bytes at full rate and bytes at a quarter of it, so short elements are packed before the tile is turned."""
+    src, src_inside, dst, dst_inside = _turn_tiles(M, N, PACK, BM, BN)
+    word = tl.load(src_ptr + src, mask=src_inside)
+    if PACK > 1:
+        word = word.to(tl.uint32)
+        for r in tl.static_range(1, PACK):
+            word |= tl.load(src_ptr + src + r * N, mask=src_inside).to(tl.uint32) << (r * (32 // PACK))
+    word = tl.trans(word)
+    if ADD:
+        word = tl.load(dst_ptr + dst, mask=dst_inside).to(tl.float32) + word.to(tl.float32)
+    tl.store(dst_ptr + dst, word.to(dst_ptr.dtype.element_ty), mask=dst_inside)
+
+
+@jit
+def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, amax_ptr, M, N, scale_step, DTYPE: tl.constexpr,
+                        LIMIT: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """As _transpose with words of 4 rows; program (i, b) has tile i of matrix b."""
+    src, src_inside, dst, dst_inside = _turn_tiles(M, N, 4, BM, BN)
+    batch = tl.program_id(1).to(tl.int64)
+    src += batch * M * N
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr + batch * scale_step))
+    bits = tl.zeros([BM, BN], tl.int32)
+    parts = ()
+    for r in tl.static_range(4):
+        x = tl.load(x_ptr + src + r * N, mask=src_inside, other=0.0).to(tl.float32)
+        bits = tl.maximum(bits, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # ordered as |x|, a NaN above all
+        x = tl.clamp(x * inverse, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if q_ptr is not None:
+            tl.store(q_ptr + src + r * N, x.to(DTYPE).to(tl.uint8, bitcast=True), mask=src_inside)
+        parts = parts + (x,)
+    if t_ptr is not None:
+        if ASM is not None:
+            word = tl.inline_asm_elementwise(ASM, "=r,r,r,r,r", parts, tl.uint32, is_pure=True, pack=1)
+        else:
+            word = tl.zeros([BM, BN], tl.uint32)
+            for r in tl.static_range(4):
+                word |= parts[r].to(DTYPE).to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * r)
+        tl.store(t_ptr + batch * (M // 4) * N + dst, tl.trans(word), mask=dst_inside)
+    tl.atomic_max(amax_ptr + batch, tl.max(tl.max(bits, 1), 0), sem="relaxed")  # any order: repeatable
+
+
+def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
+    (m, n), (bm, bn) = src.shape, (32, 256) if pack == 4 else (64, 128)
+    grid = (triton.cdiv(m // pack, bm) * triton.cdiv(n, bn),)
+    _transpose[grid](src, dst, m, n, PACK=pack, ADD=add, BM=bm, BN=bn, num_warps=8)
+
+
+@torch.library.custom_op("speedrun::transpose_copy", mutates_args=())
+def transpose_copy_kernel(src: Tensor) -> Tensor:
+    """src' as defined above, by the kernel."""
+    _check_turn("src", src)
+    size, out = src.element_size(), src.new_empty(src.shape[::-1])
+    if size not in TURN_UNSIGNED:
+        raise ValueError(f"src is {src.dtype}: its elements must have 1, 2 or 4 bytes.")
+    pack = 4 // size if len(src) * size % 4 == 0 else 1
+    _turn(src.view(TURN_UNSIGNED[size]), out.view(TURN_UNSIGNED[pack * size]), pack, False)
+    return out
+
+
+transpose_copy_kernel.register_fake(lambda src: src.new_empty(src.shape[::-1]))
+
+
+@torch.library.custom_op("speedrun::transpose_add_", mutates_args=("dst",))
+def transpose_add_kernel_(dst: Tensor, src: Tensor) -> None:
+    """dst += src' as defined above, by the kernel."""
+    _check_turn("dst", dst, None, (torch.bfloat16, torch.float32))
+    _check_turn("src", src, dst.shape[::-1], (torch.bfloat16, torch.float32))
+    _turn(src, dst, 1, True)
+
+
+def _quantize_outputs(x, scale, dtype, rows, columns):
+    q, q_t = (x.new_empty(y.shape if wanted else 0, dtype=dtype) for y, wanted in ((x, rows), (x.mT, columns)))
+    return q, q_t, x.new_zeros(x.shape[:-2], dtype=torch.float32)
+
+
+@torch.library.custom_op("speedrun::quantize_transpose", mutates_args=())
+def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool
+                              ) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, q_t, amax) as defined above, by the kernel; empty where not asked for."""
+    _check_quantize(x, scale, dtype)
+    _check_turn("x", x, x.shape, (torch.bfloat16, torch.float16, torch.float32))
+    q, q_t, amax = _quantize_outputs(x, scale, dtype, rows, columns)
+    (m, n), (bm, bn), e4m3 = x.shape[-2:], (16, 128), dtype == torch.float8_e4m3fn
+    grid = (triton.cdiv(m // 4, bm) * triton.cdiv(n, bn), x.numel() // (m * n))
+    _quantize_transpose[grid](
+        x, scale, q.view(torch.uint8) if rows else None, q_t.view(torch.uint32) if columns else None,
+        amax.view(torch.int32), m, n, scale.ndim, DTYPE=tl.float8e4nv if e4m3 else tl.float8e5,
+        LIMIT=torch.finfo(dtype).max, ASM=TURN_WORD and TURN_WORD.format("e4m3" if e4m3 else "e5m2"),
+        BM=bm, BN=bn, num_warps=4)
+    return q, q_t, amax
+
+
+quantize_transpose_kernel.register_fake(_quantize_outputs)
+
+
+@torch.no_grad()
+def transpose_copy(src: Tensor) -> Tensor:
+    """src' as defined above: by the kernel on a GPU, by the reference elsewhere."""
+    return (transpose_copy_kernel if kernels_available(src.device) else transpose_copy_reference)(src)
+
+
+@torch.no_grad()
+def transpose_add_(dst: Tensor, src: Tensor) -> Tensor:
+    """dst += src' as defined above, returns dst: by the kernel on a GPU, by the reference elsewhere."""
+    (transpose_add_kernel_ if kernels_available(dst.device) else transpose_add_reference_)(dst, src)
+    return dst
+
+
+@torch.no_grad()
+def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
+                       ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(q, q_t, amax) as defined above: by the kernel on a GPU, by the reference elsewhere."""
+    if not kernels_available(x.device):
+        return quantize_transpose_reference(x, scale, dtype, rows, columns)
+    q, q_t, amax = quantize_transpose_kernel(x, scale, dtype, rows, columns)
+    return q if rows else None, q_t if columns else None, amax
+
+
+########################################################################################################################
+#                                              What runs on the GPU at hand                                            #
+########################################################################################################################
+
+MODES = ("auto", "library", "reference")
+# Compute capabilities, from and below, on which a kernel is used. Tiles are chosen for Hopper's shared memory and
+# matrix instructions; outside these ranges the reference (or PyTorch's FlashAttention, from 8.0) takes its place.
+CAPABILITIES = {
+    "attention": ((9, 0), (10, 0)),
+    "mlp": ((9, 0), (10, 0)),
+    "cross_entropy": ((8, 0), (13, 0)),
+    "orthogonalise": ((9, 0), (10, 0)),
+    "quantize_transpose": ((8, 9), (13, 0)),
+}
+
+
+class Kernels(NamedTuple):
+    """The function that a run uses for each operation; `choose` makes it."""
+    attention: Callable
+    mlp: Callable
+    cross_entropy: Callable
+    orthogonalise: Callable
+    quantize_transpose: Callable
+
+
+def choose(capability: tuple[int, int], dtype: torch.dtype, mode: str = "auto") -> tuple[Kernels, dict[str, str]]:
+    """The functions for a GPU of this compute capability ((0, 0): a CPU) and this dtype, and the kind of each for the
+    log: "kernel", "library" or "reference". mode: "auto", or without this file's kernels "library", "reference"."""
+    table = {
+        "attention": (attention, attention_reference),
+        "mlp": (relu_square_mlp, relu_square_mlp_reference),
+        "cross_entropy": (softcapped_cross_entropy, softcapped_cross_entropy_reference),
+        "orthogonalise": (orthogonalise, orthogonalise_reference),
+        "quantize_transpose": (quantize_transpose, quantize_transpose_reference),
+    }
+    able = triton is not None and mode == "auto" and dtype in (torch.bfloat16, torch.float16)
+    chosen, kinds = {}, {}
+    for name, (kernel, reference) in table.items():
+        low, high = CAPABILITIES[name]
+        runs = able and low <= capability < high
+        chosen[name], kinds[name] = (kernel, "kernel") if runs else (reference, "reference")
+    if kinds["attention"] == "reference" and mode != "reference" and capability >= (8, 0) and dtype == torch.bfloat16:
+        chosen["attention"], kinds["attention"] = attention_library, "library"
+    return Kernels(**chosen), kinds

@@ -30,8 +30,8 @@ def software_rows(world: World):
     drivers = train_gpt.shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     yield "driver", drivers.split("\n")[0], ""
     triton = importlib.util.find_spec("triton")
-    yield ("triton", importlib.import_module("triton").__version__ if triton else "absent: the loss kernel's place is "
-           "taken by plain PyTorch", "" if triton else "pip install -r requirements.txt")
+    yield ("triton", importlib.import_module("triton").__version__ if triton else "absent: plain PyTorch takes the "
+           "kernels' place", "" if triton else "pip install -r requirements.txt")
 
 
 def hardware_rows(cfg: Config, world: World):
@@ -40,7 +40,8 @@ def hardware_rows(cfg: Config, world: World):
     dtype = train_gpt.choose_dtype(cfg, capability)
     name = str(dtype).removeprefix("torch.")
     for what, choose, shown in (("head", train_gpt.choose_fp8, lambda fp8: "fp8" if fp8 else name),
-                                ("attention", train_gpt.choose_attention, str)):
+                                ("operations", train_gpt.choose_kernels, lambda pair: ", ".join(
+                                    f"{operation} {kind}" for operation, kind in pair[1].items()))):
         try:
             yield what, shown(choose(cfg, capability, dtype)), ""
         except UserError as error:

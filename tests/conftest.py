@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
+import triton_kernels  # noqa: E402
 
+REFERENCE, _ = triton_kernels.choose((0, 0), torch.float32)  # plain PyTorch throughout
 TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_rows=256, layers=(
     train_gpt.Layer("short", paired=True, value_embed=True),
     train_gpt.Layer("long", key_offset=True),

@@ -101,14 +101,14 @@ def test_an_option_without_a_value_is_refused_with_an_example(refused, name):
 @pytest.mark.parametrize("name, value, choices", [
     ("dtype", "float16", ("auto", "bfloat16", "float32", "float64")),
     ("fp8", "yes", ("auto", "on", "off")),
-    ("attention", "flash", ("auto", "varlen", "reference")),
+    ("kernels", "flash", ("auto", "library", "reference")),
     ("compile", "True", ("auto", "on", "off")),
 ])
 def test_a_value_that_is_no_choice_is_refused_with_the_choices(refused, name, value, choices):
     refused([f"{name}={value}"], f"{name}={value!r}", *choices)
 
 
-@pytest.mark.parametrize("name, value", [("attention", "varlen"), ("fp8", "on")])
+@pytest.mark.parametrize("name, value", [("kernels", "library"), ("fp8", "on")])
 def test_a_choice_that_this_machine_cannot_make_is_refused_before_there_is_a_log(refused, shards, name, value):
     refused([*SMOKE, *globs(shards), f"{name}={value}"], f"{name}={value}", f"take {name}=auto")
 

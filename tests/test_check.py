@@ -14,7 +14,7 @@ def test_too_few_shards_fail_the_check_with_a_remedy(shards):
     done = check("preset=smoke", f"train_files={shards}/train_*.bin", f"val_files={shards}/val_*.bin")
     assert done.returncode == 1, done.stderr
     rows = {line[5:24].strip(): line[:3] for line in done.stdout.splitlines() if line[:3] in ("ok ", "BAD")}
-    assert {"python", "torch", "CUDA", "device", "head", "attention", "disk"} <= set(rows)
+    assert {"python", "torch", "CUDA", "device", "head", "operations", "disk"} <= set(rows)
     assert rows["torch"] == "ok " and rows["training shards"] == "BAD"
     assert "remedy for training shards: the schedule of 80 steps needs about" in done.stdout
 

@@ -4,12 +4,14 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_SHAPE, tiny_config
+from conftest import REFERENCE, TINY_SHAPE, tiny_config
 
 import train_gpt
+import triton_kernels
 from train_gpt import GPT, View
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+KERNELS = {"cpu": REFERENCE, "cuda": triton_kernels.choose((9, 0), torch.bfloat16)[0]}
 VIEW = View(short=5, long=9, scale=0.2, tied=True)
 
 
@@ -32,33 +34,17 @@ def dense_attention(q, k, v, cu_seqlens, window, scale):
 @pytest.mark.parametrize("starts", [[0], [0, 1, 2, 9, 30, 31], [0, 7, 7, 20]])
 @pytest.mark.parametrize("window", [1, 4, 100])
 @pytest.mark.parametrize("block", [1, 8, 64])
-def test_reference_attention_is_the_masked_softmax(starts, window, block):
+@pytest.mark.parametrize("paired", [False, True])
+def test_reference_attention_is_the_masked_softmax(starts, window, block, paired):
     torch.manual_seed(0)
-    total = 37
-    q, k, v = (torch.randn(total, 3, 4, dtype=torch.float64) for _ in range(3))
+    total, parts = 37, 1 + paired
+    qkv, gate = torch.randn(total, 3 * 4 * 4, dtype=torch.float64), torch.rand(total, 4, dtype=torch.float64)
     table = torch.tensor([*starts, total, total], dtype=torch.int32)
-    out = train_gpt.attention_reference(q, k, v, table, total, window, 0.3, block=block)
-    assert relative_error(out, dense_attention(q, k, v, table, window, 0.3)) < 1e-12
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen_attn needs a GPU")
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("window", [1, 128, 384, 5000])
-def test_varlen_attention_is_the_reference_forward_and_backward(window, head_dim):
-    torch.manual_seed(0)
-    total, starts = 4096, [0, 1, 130, 131, 1500, 2048, 4000]
-    table = torch.tensor([*starts, total, total, total], dtype=torch.int32, device="cuda")
-    inputs = [torch.randn(total, 6, head_dim, device="cuda").bfloat16() for _ in range(3)]
-    upstream = torch.randn(total, 6, head_dim, device="cuda")
-
-    def run(function, dtype):
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        out = function(*leaves, table, 2048, window, 0.1)
-        return [out, *torch.autograd.grad(out, leaves, upstream.to(dtype))]
-
-    for ours, reference in zip(run(train_gpt.attention_varlen, torch.bfloat16),
-                               run(train_gpt.attention_reference, torch.float32), strict=True):
-        assert relative_error(ours, reference) < 1e-2
+    where = triton_kernels.documents(table, total, total)
+    out = triton_kernels.attention_reference(qkv, where, 4, 4, 4, window, 0.3, gate=gate, paired=paired, block=block)
+    q, k, v = (x.reshape(total * parts, 4 // parts, 4) for x in qkv.split(16, dim=1))
+    expected = dense_attention(q, k, v, parts * table, window, 0.3).reshape(total, 4, 4) * gate[:, :, None]
+    assert relative_error(out, expected.flatten(1)) < 1e-12
 
 
 def test_rotation_depends_on_the_distance_only_and_leaves_half_of_the_channels():
@@ -67,11 +53,12 @@ def test_rotation_depends_on_the_distance_only_and_leaves_half_of_the_channels()
     cos, sin = (x.double() for x in train_gpt.rotary_tables(tiny_config_of(64), 0, 50, "cpu", torch.float64))
 
     def score(i, j):
-        return (train_gpt.rotate(q, cos[i:i + 1], sin[i:i + 1]) * train_gpt.rotate(k, cos[j:j + 1], sin[j:j + 1])).sum()
+        turned = (triton_kernels.rotate(x, cos[at:at + 1], sin[at:at + 1]) for x, at in ((q, i), (k, j)))
+        return torch.mul(*turned).sum()
 
     assert torch.allclose(score(9, 4), score(25, 20), rtol=1e-5)
     assert not torch.allclose(score(9, 4), score(9, 5), rtol=1e-3)
-    turned = train_gpt.rotate(q, cos[9:10], sin[9:10])
+    turned = triton_kernels.rotate(q, cos[9:10], sin[9:10])
     assert torch.equal(turned[..., 8:], q[..., 8:]) and torch.allclose(turned.norm(), q.norm())
 
 
@@ -80,8 +67,10 @@ def tiny_config_of(head_dim: int) -> train_gpt.Config:
 
 
 def test_shifted_keys_carry_the_still_half_of_the_token_before():
-    k = torch.arange(24.).view(3, 2, 4)
-    shifted = train_gpt.shift_key(k)
+    torch.manual_seed(0)
+    qkv, cos, sin = torch.randn(3, 3 * 2 * 4), torch.ones(3, 1), torch.zeros(3, 1)
+    shape = dict(heads=2, width=4, v_width=4, cos=cos, sin=sin, value=None, value_gate=None, paired=False)
+    k, shifted = (triton_kernels.prepare_attention(qkv, **shape, key_offset=offset)[1] for offset in (False, True))
     assert torch.equal(shifted[..., :2], k[..., :2])
     assert torch.equal(shifted[1:, :, 2:], k[:-1, :, 2:]) and torch.equal(shifted[0], k[0])
 
@@ -114,7 +103,7 @@ def test_head_loss_has_the_gradient_of_the_plain_formula(device):
     expected = torch.autograd.grad(plain / 8, (x, w))
     if device == "cuda":  # the kernel reads up to float32
         x, w = (y.detach().float().requires_grad_() for y in (x, w))
-    loss = train_gpt.HeadLoss.apply(x, w, targets, weights, False)
+    loss = train_gpt.HeadLoss.apply(x, w, targets, weights, False, KERNELS[device])
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for ours, reference in zip(torch.autograd.grad(loss / 8, (x, w)), expected, strict=True):
         assert relative_error(ours, reference) < (1e-12 if device == "cpu" else 1e-5)
@@ -130,7 +119,7 @@ def test_fp8_head_is_the_bf16_head_within_its_quantisation():
 
     def run(fp8):
         leaves = [y.clone().requires_grad_() for y in (x, w)]
-        loss = train_gpt.HeadLoss.apply(*leaves, targets, weights, fp8)
+        loss = train_gpt.HeadLoss.apply(*leaves, targets, weights, fp8, KERNELS["cuda"])
         return [loss, *torch.autograd.grad(loss / 8, leaves)]
 
     (loss8, *grads8), (loss16, *grads16) = run(True), run(False)
@@ -139,8 +128,8 @@ def test_fp8_head_is_the_bf16_head_within_its_quantisation():
         assert relative_error(ours, reference) < 0.1
 
 
-def model_and_inputs(device="cpu", dtype=torch.float64, attention="reference", total=48):
-    model = GPT(TINY_SHAPE, dtype, attention).to(device)
+def model_and_inputs(device="cpu", dtype=torch.float64, total=48):
+    model = GPT(TINY_SHAPE, dtype, REFERENCE).to(device)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # nothing at its initial zero, so that every path carries a signal
@@ -188,7 +177,7 @@ def test_tied_models_embed_with_the_head():
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    first, second, other = (GPT(TINY_SHAPE, torch.float32, "reference") for _ in range(3))
+    first, second, other = (GPT(TINY_SHAPE, torch.float32, REFERENCE) for _ in range(3))
     first.init_weights(3)
     torch.manual_seed(99)
     second.init_weights(3)
@@ -198,8 +187,10 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_gpu_path_is_the_cpu_path(shards):
-    """The real shape in bfloat16, compiled, FlashAttention and the loss kernel, against float32 on plain PyTorch."""
+@pytest.mark.parametrize("mode", ["auto", "library"])
+def test_the_gpu_path_is_the_cpu_path(shards, mode):
+    """The real shape in bfloat16, compiled, with this GPU's kernels or PyTorch's, against float32 on plain PyTorch."""
+    chosen, _ = triton_kernels.choose(torch.cuda.get_device_capability(), torch.bfloat16, mode)
     shape, total = train_gpt.GPT2_SHAPE, 1024
     cfg = dataclasses.replace(tiny_config(shards), shape=shape, stages=train_gpt.GPT2_STAGES)
     view = train_gpt.stage_view(cfg, 0)
@@ -207,13 +198,13 @@ def test_the_gpu_path_is_the_cpu_path(shards):
     tokens = torch.randint(0, 50257, (total + 1,), dtype=torch.int32, device="cuda")
     table = torch.tensor([0, 200, 201, 777, total, total], dtype=torch.int32, device="cuda")
     losses, grads = [], []
-    for dtype, attention in ((torch.float32, "reference"), (torch.bfloat16, "varlen")):
-        model = GPT(shape, dtype, attention).cuda()
+    for dtype, kernels in ((torch.float32, REFERENCE), (torch.bfloat16, chosen)):
+        model = GPT(shape, dtype, kernels).cuda()
         model.init_weights(0)
         with torch.no_grad():
             model.mlp_bank[1::2].normal_(0, 0.01, generator=torch.Generator("cuda").manual_seed(0))
         rotary = train_gpt.rotary_tables(cfg, 0, 2 * total, "cuda", dtype)
-        step = torch.compile(train_gpt.slice_loss, dynamic=False, fullgraph=True) if attention == "varlen" else \
+        step = torch.compile(train_gpt.slice_loss, dynamic=False, fullgraph=True) if kernels is chosen else \
             train_gpt.slice_loss
         loss = step(model, tokens, table, 896, *rotary, view, torch.ones(1, device="cuda"), False)
         loss.backward()

@@ -1,10 +1,11 @@
 """The optimizer's mathematics, and its books."""
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import REFERENCE, tiny_config
 
 import train_gpt
 from train_gpt import Optimizer, World
+from triton_kernels import orthogonalise_reference
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -12,11 +13,11 @@ ALONE = World(0, 1, torch.device("cpu"))
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 48, 16), (2, 16, 48)])
 def test_polar_express_gives_singular_values_near_one(shape):
     torch.manual_seed(0)
-    out = train_gpt.polar_express(torch.randn(shape, dtype=torch.float64))
+    out = orthogonalise_reference(torch.randn(shape, dtype=torch.float64))
     values = torch.linalg.svdvals(out)
     assert values.min() > 0.85 and values.max() < 1.15
     u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
-    assert (train_gpt.polar_express(u @ vh) - u @ vh).norm() / (u @ vh).norm() < 0.1
+    assert (orthogonalise_reference(u @ vh) - u @ vh).norm() / (u @ vh).norm() < 0.1
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 8), (2, 8, 24), (2, 8, 8)])
@@ -27,8 +28,8 @@ def test_normuon_keeps_the_frobenius_norm_and_evens_out_the_rows(shape):
     momentum, (n, rows, cols) = torch.zeros_like(g), shape
     second = torch.zeros((n, rows, 1) if rows >= cols else (n, 1, cols), dtype=torch.float64)
     mu = torch.tensor(0.9, dtype=torch.float64)
-    update = train_gpt.normuon_direction(g, momentum, second, mu, 0.95)
-    plain = train_gpt.polar_express(g * (1 - mu) * (1 + mu))  # the first Nesterov step
+    update = train_gpt.normuon_direction(g, momentum, second, mu, 0.95, orthogonalise_reference)
+    plain = orthogonalise_reference(g * (1 - mu) * (1 + mu))  # the first Nesterov step
     assert torch.allclose(update.norm(dim=(1, 2)), plain.norm(dim=(1, 2)), rtol=1e-6)
     assert torch.allclose(momentum, 0.1 * g)
     sizes = update.norm(dim=-1 if rows >= cols else -2)
@@ -39,9 +40,10 @@ def test_weights_decay_only_where_the_update_agrees_in_sign():
     torch.manual_seed(0)
     p, g = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
     buffers = [torch.zeros(2, 8, 8), torch.zeros(2, 8, 1)]
-    update = train_gpt.normuon_direction(g, *[b.clone() for b in buffers], torch.tensor(0.9), 0.95)
+    update = train_gpt.normuon_direction(g, *[b.clone() for b in buffers], torch.tensor(0.9), 0.95,
+                                         orthogonalise_reference)
     out, lr, decay = p.clone(), torch.full((2, 1, 1), 0.1), torch.full((2, 1, 1), 0.01)
-    train_gpt.normuon_step(out, g, *buffers, None, lr, decay, torch.tensor(0.9))
+    train_gpt.normuon_step(out, g, *buffers, None, lr, decay, torch.tensor(0.9), orthogonalise_reference)
     expected = p - 0.1 * update - torch.where(update * p >= 0, 0.01 * p, 0.0)
     assert torch.allclose(out, expected, atol=1e-6)
 
@@ -62,9 +64,9 @@ def test_a_bfloat16_bank_follows_the_float32_bank_over_many_small_steps():
     lr, mu = torch.full((1, 1, 1), 1e-4), torch.tensor(0.9)
     for _ in range(50):
         g = torch.randn(1, 8, 8).bfloat16().float()
-        update = train_gpt.normuon_direction(g, *buffers[0], mu, 0.95)
+        update = train_gpt.normuon_direction(g, *buffers[0], mu, 0.95, orthogonalise_reference)
         wide -= lr * update
-        train_gpt.normuon_step(narrow, g, *buffers[1], low, lr, 0 * lr, mu)
+        train_gpt.normuon_step(narrow, g, *buffers[1], low, lr, 0 * lr, mu, orthogonalise_reference)
     assert torch.allclose(train_gpt.join_float(narrow, low), wide, atol=1e-6)
 
 
@@ -72,8 +74,8 @@ def test_the_running_mean_of_the_rows_remembers_19_parts_in_20():
     torch.manual_seed(0)
     momentum, second, mu = torch.zeros(1, 24, 8), torch.full((1, 24, 1), 7.0), torch.tensor(0.0)
     g = torch.randn(1, 24, 8)
-    train_gpt.normuon_direction(g, momentum, second, mu, 0.95)
-    power = train_gpt.polar_express(g).square().mean(-1, keepdim=True)
+    train_gpt.normuon_direction(g, momentum, second, mu, 0.95, orthogonalise_reference)
+    power = orthogonalise_reference(g).square().mean(-1, keepdim=True)
     assert torch.allclose(second, 0.95 * 7 + 0.05 * power, rtol=1e-5)
 
 
@@ -120,7 +122,7 @@ def test_adam_decays_only_where_the_update_agrees_in_sign():
 
 def optimizer_with_grads(shards, step):
     cfg = tiny_config(shards)
-    model = train_gpt.GPT(cfg.shape, torch.float32, "reference")
+    model = train_gpt.GPT(cfg.shape, torch.float32, REFERENCE)
     model.init_weights(0)
     optimizer = Optimizer(model, cfg, ALONE, compiled=False)
     torch.manual_seed(step)
@@ -206,6 +208,6 @@ def test_every_reduction_and_gather_is_waited_for(shards):
 def test_the_tables_cover_every_parameter_once(shards):
     cfg = tiny_config(shards)
     for shape in (cfg.shape, train_gpt.SMOKE_SHAPE):
-        model = train_gpt.GPT(shape, torch.float32, "reference")
+        model = train_gpt.GPT(shape, torch.float32, REFERENCE)
         assert set(train_gpt.PARAMS) == {name for name, _ in model.named_parameters()}
         assert list(train_gpt.SMALL_PARAMS) == list(model.small_shapes)

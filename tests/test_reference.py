@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import REFERENCE, tiny_config
 from test_model import VIEW, model_and_inputs
 
 import train_gpt
@@ -110,7 +110,7 @@ def test_validation_is_the_mean_next_token_loss_with_the_last_window(shards):
 
 
 def test_initial_weights_have_the_records_scales():
-    model = GPT(train_gpt.SMOKE_SHAPE, torch.float32, "reference")
+    model = GPT(train_gpt.SMOKE_SHAPE, torch.float32, REFERENCE)
     model.init_weights(0)
     deviation = 0.5 / 128 ** 0.5
     assert model.attn_bank.std().item() == pytest.approx(deviation, rel=0.02)

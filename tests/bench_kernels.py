@@ -1,0 +1,245 @@
+"""Time every kernel against its floor and against PyTorch's way, on this GPU: python -m tests.bench_kernels [word ...]
+
+With words, only families whose name contains one. A time is the median of 25 replays of a CUDA graph, each after the
+second-level cache was overwritten, so launch overhead is in none of the columns and nothing is found in the cache. The
+floor is the larger of bytes / copy rate and operations / matrix rate, both measured first on the same GPU.
+"""
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton_kernels as tk  # noqa: E402
+
+BF16, E4, E5 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+# tokens, heads, longest document, window: the seven shapes at which other attention kernels were measured
+ATTENTION = ((16384, 6, 896, 128), (16384, 6, 896, 384), (32768, 6, 2048, 384), (32768, 6, 2048, 896),
+             (49152, 6, 2048, 640), (49152, 6, 2048, 1408), (32768, 3, 1792, 128))
+
+
+class Row(NamedTuple):
+    kernel: str
+    shape: str
+    ours: Callable
+    library: Callable | None
+    moved: float                # fewest bytes through memory
+    flops: float = 0.0
+    kind: str = "bf16"          # whose matrix rate bounds it
+
+
+def gpu_time(function: Callable, repeats: int = 25) -> float:
+    """Microseconds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph, cache = torch.cuda.CUDAGraph(), torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    with torch.cuda.graph(graph):
+        function()
+    times = []
+    for _ in range(repeats):
+        cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1000 * start.elapsed_time(end))
+    return float(np.median(times))
+
+
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def randn(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def document_lengths(total: int, longest: int) -> list[int]:
+    """Lognormal lengths as of web text, cut at `longest`."""
+    draw, lengths = np.random.default_rng(0), []
+    while sum(lengths) < total:
+        length = int(np.clip(draw.lognormal(6.2, 1.0), 40, 20000))
+        lengths.append(min(length, longest, total - sum(lengths)))
+    return lengths
+
+
+def attention_rows() -> Iterator[Row]:
+    from torch.nn.attention.varlen import varlen_attn
+    for widths in ((128, 128), (64, 128), "turned"):
+        shapes = ATTENTION if widths != (64, 128) else (ATTENTION[0], ATTENTION[4])
+        for tokens, heads, longest, window in shapes:
+            turned = widths == "turned"
+            width, v_width = (128, 128) if turned else widths
+            lengths = document_lengths(tokens, longest)
+            cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
+            where = tk.documents(cu_seqlens, longest, tokens)
+            qkv, dout = randn(tokens, heads * (2 * width + v_width)), randn(tokens, heads * v_width)
+            angles = torch.rand(tokens, width // 4, device="cuda") * 6
+            cos, sin = (angles.cos().to(BF16), angles.sin().to(BF16)) if turned else (None, None)
+            options = heads, width, v_width, window, 0.1
+
+            def ours(qkv=qkv, where=where, options=options, cos=cos, sin=sin, turned=turned, dout=dout):
+                qkv = qkv.detach().requires_grad_()
+                out = tk.attention(qkv, where, *options, cos, sin, key_offset=turned)
+                return torch.autograd.grad(out, qkv, dout)
+
+            def varlen(q, k, v, where=where, window=window, longest=longest):
+                cu = where.cu_seqlens
+                return varlen_attn(q, k, v, cu, cu, longest, longest, scale=0.1, window_size=(window, 0)).flatten(1)
+
+            def turn(qkv, where=where, options=options, cos=cos, sin=sin):
+                return tk.attention_library(qkv, where, *options, cos, sin, key_offset=True)
+
+            turn = compiled(turn) if turned else None
+            leaves = [qkv] if turned else [x.unflatten(1, (heads, -1)).contiguous() for x in qkv.chunk(3, 1)]
+            leaves = [x.detach().requires_grad_() for x in leaves]
+
+            def library(function=turn if turned else varlen, leaves=leaves, dout=dout):
+                return torch.autograd.grad(function(*leaves), leaves, dout)
+
+            starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+            pairs = (np.arange(tokens) - np.maximum(starts, np.arange(tokens) - window) + 1).sum()
+            name = "attention + QK-norm, rotary, key offset" if turned else "attention"
+            passes = 3 * (3 if width == v_width else 2) + 3  # q, k, v, out and their gradients, once each way
+            yield Row(f"{name}, forward + backward",
+                      f"{tokens:,} x {heads} heads of {width}/{v_width}, documents {longest}, window {window}", ours,
+                      library if width == v_width else None, passes * dout.nbytes,
+                      pairs * heads * 2 * (4 * width + 3 * v_width))
+
+
+def mlp_rows() -> Iterator[Row]:
+    for tokens in (16384, 49152):
+        x, w, g = randn(tokens, 768), randn(3072, 768) / 28, randn(tokens, 768)
+        x8, w8 = x.mul(4).to(E4), w.mul(64).to(E4)
+        scale, post_scale = torch.full((), 1 / 256, device="cuda"), torch.full((), 0.05, device="cuda")
+        post = tk.relu_square_linear_reference(x, w)[0]
+        one, flops, shape = torch.ones((), device="cuda"), 2 * tokens * 768 * 3072, f"{tokens:,} x 768 -> 3072"
+
+        def up8(x8=x8, w8=w8, scale=scale, post_scale=post_scale, one=one):
+            post = F.relu(torch._scaled_mm(x8, w8.t(), scale, one, out_dtype=BF16, use_fast_accum=True)).square()
+            return post, (post / post_scale).clamp(max=448).to(E4), post.max()
+
+        def back(g=g, w=w, post=post):
+            return 2 * (g @ w.t()) * post.sqrt()
+
+        yield Row("MLP up + ReLU2, FP8 in, bf16 and FP8 out, amax", shape,
+                  lambda x8=x8, w8=w8, s=scale, p=post_scale: tk.relu_square_linear(x8, w8, s, p), compiled(up8),
+                  x8.nbytes + w8.nbytes + 1.5 * post.nbytes, flops, "fp8")
+        yield Row("MLP up + ReLU2, bf16", shape, lambda x=x, w=w: tk.relu_square_linear(x, w),
+                  compiled(lambda x=x, w=w: F.relu(x @ w.t()).square()), x.nbytes + w.nbytes + post.nbytes, flops)
+        yield Row("MLP backward through ReLU2, bf16", shape, lambda g=g, w=w, p=post: tk.relu_square_backward(g, w, p),
+                  compiled(back), x.nbytes + w.nbytes + 2 * post.nbytes, flops)
+
+
+def loss_rows() -> Iterator[Row]:
+    weights = torch.tensor([1.0, 0.5], device="cuda")
+    for tokens in (16384, 49152):
+        logits = randn(tokens, 50304) * 4
+        targets = torch.randint(50257, (tokens,), device="cuda")
+        for both in (True, False):
+            args = (logits, targets, weights, 1.0, E5, None, both)
+            yield Row(f"loss and e5m2 gradient, {'both layouts' if both else 'row-major'}", f"{tokens:,} x 50,304",
+                      lambda args=args: tk.softcapped_cross_entropy(*args),
+                      compiled(lambda args=args: tk.softcapped_cross_entropy_reference(*args)),
+                      logits.nbytes * (1.5 + 0.5 * both))
+
+
+def orthogonalise_rows() -> Iterator[Row]:
+    reference = compiled(tk.orthogonalise_reference)
+    for count, rows, cols in ((6, 256, 768), (2, 768, 768), (3, 3072, 768)):
+        g, short = randn(count, rows, cols), min(rows, cols)
+        flops = 5 * 2 * count * (rows * cols * short / 2 + short**3 / 2 + rows * cols * short)
+        yield Row("five orthogonalisation rounds", f"{count} x {rows} x {cols}", lambda g=g: tk.orthogonalise(g),
+                  lambda g=g: reference(g), 2 * g.nbytes, flops)
+
+
+def layout_rows() -> Iterator[Row]:
+    for rows, cols, dtype in ((16384, 50304, E5), (50304, 768, BF16)):
+        x = randn(rows, cols).to(dtype)
+        yield Row("transpose_copy", f"{rows:,} x {cols:,} {str(dtype)[6:]}", lambda x=x: tk.transpose_copy(x),
+                  compiled(lambda x=x: x.t().contiguous()), 2 * x.nbytes)
+    dst, src = randn(768, 50304), randn(50304, 768)
+    yield Row("transpose_add_", "768 x 50,304 bf16", lambda: tk.transpose_add_(dst, src),
+              compiled(lambda: dst.add_(src.t())), 3 * src.nbytes)
+    scale = torch.full((), 0.05, device="cuda")
+    for shape in ((50304, 768), (24, 3072, 768), (16384, 3072)):
+        x = randn(*shape)
+        scales = scale.expand(shape[:-2]).contiguous()
+        yield Row("quantize_transpose, both layouts, amax", " x ".join(f"{n:,}" for n in shape),
+                  lambda x=x, s=scales: tk.quantize_transpose(x, s, E4),
+                  compiled(lambda x=x, s=scales: tk.quantize_transpose_reference(x, s, E4)), 2 * x.nbytes)
+
+
+def residual_rows() -> Iterator[Row]:
+    for tokens in (16384, 49152):
+        for count in (3, 2):
+            streams = [randn(tokens, 768).requires_grad_() for _ in range(count)]
+            scalars = [torch.rand((), device="cuda").requires_grad_() for _ in streams] if count == 3 else [None] * 2
+            upstream = [randn(tokens, 768) for _ in range(2)]
+            leaves = [*streams, *(c for c in scalars if c is not None)]
+            plain = compiled(tk.mix_norm_reference)
+
+            def run(function, streams=streams, scalars=scalars, leaves=leaves, upstream=upstream):
+                return torch.autograd.grad(function(streams, scalars), leaves, upstream)
+
+            moved = streams[0].nbytes * (count + 2 + (3 + count + count if count == 3 else 4))
+            yield Row("mix_norm, forward + backward", f"{tokens:,} x 768, {count} streams"
+                      f"{' with scalars' if count == 3 else ''}", lambda run=run: run(tk.mix_norm),
+                      lambda run=run, plain=plain: run(plain), moved)
+
+
+def measured_rates() -> dict[str, float]:
+    """Bytes a second of a copy; operations a second of 8192-cubed products of random matrices."""
+    source, target = torch.randn(2**29, device="cuda"), torch.empty(2**29, device="cuda")
+    a, b = randn(8192, 8192), randn(8192, 8192)
+    a8, b8, one = a.to(E4), b.to(E4), torch.ones((), device="cuda")
+    products = {"bf16": lambda: a @ b.t(),
+                "fp8": lambda: torch._scaled_mm(a8, b8.t(), one, one, out_dtype=BF16, use_fast_accum=True)}
+    rates = {name: 2 * 8192**3 / gpu_time(product) * 1e6 for name, product in products.items()}
+    return {"copy": 2 * source.nbytes / gpu_time(lambda: target.copy_(source)) * 1e6, **rates}
+
+
+def main(words: list[str]) -> None:
+    if not torch.cuda.is_available() or tk.triton is None:
+        raise SystemExit("bench_kernels needs an NVIDIA GPU and triton: run it on a machine with both")
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.cache_size_limit = 64
+    rates = measured_rates()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {tk.triton.__version__}: copy "
+          f"{rates['copy'] / 1e12:.2f} TB/s, bf16 {rates['bf16'] / 1e12:.0f} TFLOP/s, fp8 {rates['fp8'] / 1e12:.0f}\n")
+    print("| kernel | shape | us | rate | floor us | ratio | PyTorch us |\n|---|---|---|---|---|---|---|", flush=True)
+    sums = {}
+    for rows in (attention_rows, mlp_rows, loss_rows, orthogonalise_rows, layout_rows, residual_rows):
+        if words and not any(word in rows.__name__ for word in words):
+            continue
+        for row in rows():
+            floor = 1e6 * max(row.moved / rates["copy"], row.flops / rates[row.kind])
+            ours = gpu_time(row.ours)
+            library = gpu_time(row.library) if row.library else float("nan")
+            rate = f"{row.flops / ours / 1e6:.0f} TFLOP/s" if row.flops / rates[row.kind] > row.moved / rates["copy"] \
+                else f"{row.moved / ours / 1e6:.2f} TB/s"
+            print(f"| {row.kernel} | {row.shape} | {ours:.0f} | {rate} | {floor:.0f} | {ours / floor:.2f} | "
+                  f"{library:.0f} |".replace("nan", ""), flush=True)
+            if "64/" not in row.shape:
+                total = sums.setdefault(row.kernel, [0.0, 0.0, 0])
+                total[0], total[1], total[2] = total[0] + ours, total[1] + library, total[2] + 1
+            torch.cuda.empty_cache()
+    for kernel, (ours, library, count) in sums.items():
+        if "attention" in kernel or "rounds" in kernel:
+            print(f"sum of the {count} rows of {kernel}: {ours:.0f} us, PyTorch {library:.0f} us, "
+                  f"{ours / library:.3f} of it")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,163 @@
+"""What holds for the attention kernels, forward and gradients, against the reference in float64."""
+import pytest
+import torch
+
+import triton_kernels as tk
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+KINDS = [{}, {"paired": True}, {"key_offset": True}, {"valued": True}, {"gated": True},
+         {"gated": True, "valued": True, "paired": True}, {"gated": True, "valued": True, "key_offset": True}]
+
+
+def attention_inputs(lengths, heads, width, v_width, dtype, rotary=False, gated=False, valued=False, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw).to(DEVICE, dtype)
+
+    tokens = sum(lengths)
+    angles = torch.rand(2 * tokens + 3, width // 4, generator=draw) * 6
+    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist(), *[tokens] * 3], dtype=torch.int32)
+    tensors = {"qkv": normal(tokens, heads * (2 * width + v_width)),
+               "cos": angles.cos().to(DEVICE, dtype) if rotary else None,
+               "sin": angles.sin().to(DEVICE, dtype) if rotary else None,
+               "gate": torch.rand(tokens, heads, generator=draw).to(DEVICE, dtype) if gated else None,
+               "value": normal(tokens, heads * v_width) if valued else None,
+               "value_gate": normal(tokens, heads) if valued else None}
+    return tensors, tk.documents(cu_seqlens.to(DEVICE), max(lengths), tokens)
+
+
+def differentiate(function, tensors, where, dout, *args, **options):
+    """The output, and the gradient of every input that has one, by name."""
+    leaves = {name: x if x is None or name in ("cos", "sin") else x.detach().clone().requires_grad_()
+              for name, x in tensors.items()}
+    qkv = leaves.pop("qkv")
+    out = function(qkv, where, *args, **leaves, **options)
+    wanted = {"qkv": qkv, **{name: x for name, x in leaves.items() if x is not None and x.requires_grad}}
+    grads = torch.autograd.grad(out, wanted.values(), dout.to(out.dtype))
+    return {"out": out.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def poison(tensors):
+    """NaN in the memory that the next allocations of these sizes are likely to be given."""
+    blocks = [torch.full_like(x, float("nan")) for x in tensors.values() if x is not None for _ in range(3)]
+    del blocks
+
+
+def assert_is_reference(lengths, heads, width, v_width, dtype, window, scale=0.1, paired=False, key_offset=False,
+                        seed=0, function=tk.attention, **kinds):
+    tensors, where = attention_inputs(lengths, heads, width, v_width, dtype, seed=seed, **kinds)
+    dout = torch.randn(sum(lengths), heads * v_width, generator=torch.Generator().manual_seed(seed + 1))
+    args, options = (heads, width, v_width, window, scale), {"paired": paired, "key_offset": key_offset}
+    doubles = {name: x if x is None else x.double() for name, x in tensors.items()}
+    expected = differentiate(tk.attention_reference, doubles, where, dout.to(DEVICE), *args, **options)
+    poison(tensors)
+    found = differentiate(function, tensors, where, dout.to(DEVICE, dtype), *args, **options)
+    for name, want in expected.items():
+        got = found[name]
+        assert got.dtype == dtype and got.shape == want.shape and got.isfinite().all(), name
+        error = (got.double() - want).norm() / want.norm().clamp(min=1e-30)
+        assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e} is above {TOLERANCE[dtype]:.0e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(128, 128), (64, 64), (64, 128), (128, 64)], ids=str)
+def test_every_pair_of_widths(widths, dtype):
+    assert_is_reference([1, 60, 1, 1, 87], 2, *widths, dtype, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
+def test_norm_rotation_offset_value_gate_and_pairs(kinds, dtype):
+    assert_is_reference([30, 1, 39], 2, 64, 64, dtype, 20, rotary=True, **kinds)
+
+
+@pytest.mark.parametrize("lengths", [[1], [1] * 70, [64, 64], [63, 1, 65], [130]], ids=str)
+@pytest.mark.parametrize("window", [1, 64, 500])
+def test_borders_of_tiles_documents_and_windows(lengths, window):
+    assert_is_reference(lengths, 1, 64, 64, DTYPES[0], window)
+
+
+@pytest.mark.parametrize("kinds", [{}, {"gated": True, "paired": True}], ids=str)
+def test_pairs_and_gates_without_rotation(kinds):
+    assert_is_reference([50, 31], 2, 64, 64, DTYPES[0], 25, **kinds)
+
+
+def test_large_scores_need_the_running_maximum():
+    assert_is_reference([90], 1, 64, 64, DTYPES[0], 50, scale=3.0)
+    assert_is_reference([90], 1, 64, 64, DTYPES[0], 50, scale=3.0, rotary=True)
+
+
+def test_a_gate_of_zero_gives_zeros():
+    tensors, where = attention_inputs([40], 2, 64, 64, DTYPES[0], rotary=True, gated=True)
+    tensors["gate"][3:20] = 0
+    found = differentiate(tk.attention, tensors, where, torch.ones(40, 128, device=DEVICE), 2, 64, 64, 30, 0.1)
+    assert (found["out"][3:20] == 0).all() and all(x.isfinite().all() for x in found.values())
+
+
+@pytest.mark.parametrize("seed", range(12 if CUDA else 4))
+def test_random_shapes(seed):
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=draw))]
+
+    longest = pick(1, 7, 300, 2048) if CUDA else pick(1, 7, 90)
+    total = int(torch.randint(1, 6000 if CUDA else 120, (), generator=draw))
+    lengths = []
+    while sum(lengths) < total:
+        lengths.append(min(int(torch.randint(1, longest + 1, (), generator=draw)), total - sum(lengths)))
+    rotary = pick(False, True)
+    assert_is_reference(lengths, pick(2, 6) if CUDA else 2, pick(64, 128), pick(64, 128), DTYPES[0],
+                        pick(1, 20, 128, 384, 1408), rotary=rotary, gated=pick(False, True), valued=pick(False, True),
+                        paired=pick(False, True), key_offset=rotary and pick(False, True), seed=seed)
+
+
+@needs_cuda
+def test_long_batches_of_real_shape():
+    lengths = [896, 1, 40, 500, 2048, 2048, 300, 1200] * 3
+    assert_is_reference(lengths, 6, 128, 128, torch.bfloat16, 384, rotary=True, gated=True, valued=True)
+
+
+@needs_cuda
+def test_the_library_is_the_reference():
+    for kinds in KINDS:
+        assert_is_reference([300, 1, 39, 700], 2, 64, 64, torch.bfloat16, 100, rotary=True,
+                            function=tk.attention_library, **kinds)
+
+
+@needs_cuda
+def test_compiled_and_eager_are_one():
+    tensors, where = attention_inputs([300, 1, 39, 700], 2, 64, 64, torch.bfloat16, True, True, True)
+    dout, args = torch.randn(1040, 128, device=DEVICE), (2, 64, 64, 100, 0.1)
+    compiled = torch.compile(tk.attention, fullgraph=True)
+    eager = differentiate(tk.attention, tensors, where, dout, *args, key_offset=True)
+    for name, x in differentiate(compiled, tensors, where, dout, *args, key_offset=True).items():
+        assert (x.double() - eager[name].double()).norm() <= 1e-2 * eager[name].double().norm(), name
+
+
+def test_two_runs_are_bitwise_one():
+    tensors, where = attention_inputs([100, 60], 2, 64, 64, DTYPES[0], rotary=True, gated=True)
+    first, second = (differentiate(tk.attention, tensors, where, torch.ones(160, 128, device=DEVICE), 2, 64, 64, 50,
+                                   0.1) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"width": 32}, "widths of Q/K and V are 32 and 64: each must be"),
+    ({"qkv": torch.zeros(5, 383)}, r"qkv has shape \(5, 383\).*\(T, 384\)"),
+    ({"heads": 1, "qkv": torch.zeros(5, 192), "paired": True}, "1 heads cannot be paired"),
+    ({"key_offset": True}, "pass cos and sin"),
+    ({"cos": torch.zeros(3, 16), "sin": torch.zeros(5, 16)}, r"cos has shape \(3, 16\): pass at least \(5, 16\)"),
+    ({"value": torch.zeros(5, 3), "value_gate": torch.zeros(5, 2)}, r"shapes \(5, 3\) and \(5, 2\): pass"),
+])
+def test_wrong_arguments_are_named(change, message):
+    where = tk.documents(torch.tensor([0, 5], dtype=torch.int32), 5, 5)
+    good = {"qkv": torch.zeros(5, 384), "documents": where, "heads": 2, "width": 64, "v_width": 64, "window": 3,
+            "scale": 0.1}
+    with pytest.raises(ValueError, match=message):
+        tk.attention(**(good | change))

@@ -1,0 +1,299 @@
+"""What holds for the MLP's kernels."""
+
+import pytest
+import torch
+
+import triton_kernels as tk
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
+E4, E5, F16, BF16, F32, F64 = (
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+TOLERANCE = {F64: 1e-12, F32: 1e-5, F16: 1e-2, BF16: 1e-2, E4: 0.04, E5: 0.08}  # FP8: of an RMS, half steps / sqrt(3)
+if not CUDA:
+    TOLERANCE |= {E4: 0.12, E5: 0.5}  # the interpreter loses the carry when it rounds to FP8: 1.96 becomes 1.0
+WORKING = [F16, F32] + [BF16] * CUDA  # the interpreter's bfloat16 products are garbage
+HALF = BF16 if CUDA else F16
+BIG = [(16384, 3072, 768), (1000, 3072, 768)] * CUDA
+
+
+def random(*shape, dtype=F32, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return (torch.randn(*shape, generator=generator) * spread).to(dtype).to(DEVICE)
+
+
+def number(value):
+    return torch.tensor(value, dtype=F32, device=DEVICE)
+
+
+def double(*tensors):
+    return (t.double() for t in tensors)
+
+
+def poison(*shapes_and_dtypes):
+    """Leaves NaNs (0x7f bytes in FP8) in the allocator's free blocks, which torch.empty hands out next."""
+    blocks = [torch.empty(s, dtype=d, device=DEVICE) for s, d in shapes_and_dtypes]
+    for block in blocks:
+        block.view(torch.uint8).fill_(0x7F if block.itemsize == 1 else 0xFF)
+
+
+def assert_close(out, expected, tolerance=None):
+    assert out.shape == expected.shape and out.is_contiguous()
+    assert out.float().isfinite().all()
+    error = (out.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    assert error <= (tolerance or TOLERANCE[out.dtype]), f"relative error {error:.2e}"
+
+
+def check_linear(t, f, d, dtype, seed=0):
+    x, w = random(t, d, dtype=dtype, seed=seed), random(f, d, dtype=dtype, seed=seed + 1, spread=d**-0.5)
+    poison(((t, f), dtype))
+    (post,) = tk.relu_square_linear_kernel(x, w)
+    assert post.dtype == dtype
+    assert_close(post, tk.relu_square_linear_reference(*double(x, w))[0])
+
+
+def check_linear_fp8(t, f, d, transposed, seed=0):
+    x, w = random(t, d, dtype=E4, seed=seed), random(f, d, dtype=E4, seed=seed + 1)
+    scale, post_scale = number(0.7 * d**-0.5), number(0.013)
+    poison(((t, f), BF16), ((t, f), E4), ((f, t), E4))
+    post, post8, amax, *rest = tk.relu_square_linear_kernel(x, w, scale, post_scale, transposed)
+    exact, exact8, exact_amax = tk.relu_square_linear_reference(*double(x, w), scale, post_scale)
+    assert (post.dtype, post8.dtype) == (BF16, E4)
+    assert_close(post, exact)
+    assert_close(post8, exact.clamp(max=448 * 0.013) / 0.013)
+    assert amax.max() == post.max()
+    assert len(rest) == transposed
+    for post8_t in rest:
+        assert torch.equal(post8_t.float(), post8.t().float()) and post8_t.is_contiguous()
+
+
+def check_backward(t, f, d, dtype, seed=0):
+    g, w = random(t, d, dtype=dtype, seed=seed), random(f, d, dtype=dtype, seed=seed + 1, spread=d**-0.5)
+    post = random(t, f, dtype=dtype, seed=seed + 2).relu().square()
+    poison(((t, f), dtype))
+    (dpre,) = tk.relu_square_backward_kernel(g, w, post)
+    assert dpre.dtype == dtype
+    assert_close(dpre, tk.relu_square_backward_reference(*double(g, w, post))[0])
+
+
+def check_backward_fp8_outputs(t, f, d, dtype, w_dtype, scale, seed=0):
+    g, w = random(t, d, dtype=dtype, seed=seed), random(f, d, dtype=w_dtype, seed=seed + 1)
+    post = random(t, f, dtype=BF16 if scale else dtype, seed=seed + 2).relu().square()
+    scale, out_scale = number(scale) if scale else None, number(0.37)
+    poison(((t, f), E5), ((f, t), E5))
+    dpre8, dpre8_t = tk.relu_square_backward_kernel(g, w, post, scale, out_scale)
+    (expected,) = tk.relu_square_backward_reference(*double(g, w, post), scale)
+    assert dpre8.dtype == dpre8_t.dtype == E5
+    assert_close(dpre8, expected / 0.37)
+    assert torch.equal(dpre8_t.float(), dpre8.t().float()) and dpre8_t.is_contiguous()
+
+
+def random_shapes(count):
+    generator = torch.Generator().manual_seed(0)
+    return [[int(torch.randint(1, top, (), generator=generator)) * 16 for top in (30, 40, 12)] for _ in range(count)]
+
+
+########################################################################################################################
+#                                                     The references                                                   #
+########################################################################################################################
+
+
+def test_references_are_the_definition_and_its_derivative():
+    x, w, g = random(24, 16, dtype=F64), random(40, 16, dtype=F64), random(24, 16, dtype=F64, seed=5)
+    down = random(40, 16, dtype=F64, seed=6)
+    pre = (x @ w.t()).requires_grad_()
+    post = pre.relu().square()
+    assert_close(tk.relu_square_linear_reference(x, w)[0], post.detach())
+    (expected,) = torch.autograd.grad((post @ down * g).sum(), pre)
+    assert_close(tk.relu_square_backward_reference(g, down, post.detach())[0], expected)
+
+
+########################################################################################################################
+#                                                      The kernels                                                     #
+########################################################################################################################
+
+
+@pytest.mark.parametrize("dtype", WORKING)
+@pytest.mark.parametrize(("t", "f", "d"), [(1, 16, 16), (129, 264, 72), (300, 520, 136), *BIG])
+def test_kernel_linear(t, f, d, dtype):
+    check_linear(t, f, d, dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("t", "f", "d"), [(16, 16, 16), (144, 272, 80), (304, 528, 144), *BIG[:1]])
+def test_kernel_linear_fp8(t, f, d, transposed):
+    check_linear_fp8(t, f, d, transposed)
+
+
+def test_kernel_linear_fp8_of_any_row_count():
+    check_linear_fp8(131, 272, 80, False)
+
+
+def test_kernel_linear_quantises_its_output_from_other_dtypes_too():
+    x, w = random(40, 32, dtype=F16), random(48, 32, dtype=F16)
+    post, post8, amax = tk.relu_square_linear_kernel(x, w, None, number(1.0))
+    assert post.dtype == F16 and amax.max() == post.max()
+    assert_close(post8, tk.relu_square_linear_reference(*double(x, w))[0].clamp(max=448))
+
+
+def test_kernel_linear_saturates():
+    x, w = torch.full((16, 32), 100.0, device=DEVICE).to(E4), torch.full((32, 32), 100.0, device=DEVICE).to(E4)
+    post, post8, amax = tk.relu_square_linear_kernel(x, w, number(1e-2), number(1e-6))
+    assert (post8.float() == 448).all() and amax.max() == post.max() and post.isfinite().all()
+
+
+def test_kernel_linear_of_negative_products_is_zero():
+    x, w = torch.full((16, 32), 2.0, device=DEVICE).to(E4), torch.full((32, 32), -2.0, device=DEVICE).to(E4)
+    post, post8, amax = tk.relu_square_linear_kernel(x, w, number(1.0), number(1.0))
+    assert (post == 0).all() and (post8.float() == 0).all() and (amax == 0).all()
+
+
+@pytest.mark.parametrize("fp8", [False] + [True] * CUDA)  # the interpreter reads and writes NaNs in e4m3 as 480 and 384
+def test_kernel_linear_shows_a_nan(fp8):
+    x, w = random(40, 32), random(48, 32)
+    x[7, 3] = float("nan")
+    if fp8:
+        post, post8, amax = tk.relu_square_linear_kernel(x.to(E4), w.to(E4), number(1.0), number(1.0))
+        assert post8.float().isnan().any(1).nonzero().tolist() == [[7]]
+    else:
+        (post,) = tk.relu_square_linear_kernel(x, w)
+    assert post.isnan().any(1).nonzero().tolist() == [[7]]
+
+
+@pytest.mark.parametrize("dtype", WORKING)
+@pytest.mark.parametrize(("t", "f", "d"), [(1, 16, 16), (129, 264, 72), (300, 520, 136), *BIG])
+def test_kernel_backward(t, f, d, dtype):
+    check_backward(t, f, d, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "w_dtype", "scale"), [(HALF, HALF, None), (E5, E4, 0.01), (E4, E4, 0.01)])
+@pytest.mark.parametrize(("t", "f", "d"), [(16, 16, 16), (144, 272, 80), *BIG[:1]])
+def test_kernel_backward_with_fp8_outputs(t, f, d, dtype, w_dtype, scale):
+    check_backward_fp8_outputs(t, f, d, dtype, w_dtype, scale)
+
+
+def test_kernel_backward_saturates():
+    g, w, post = (torch.full(s, v).to(DEVICE, F16) for s, v in (((16, 32), 30.0), ((32, 32), 30.0), ((16, 32), 9.0)))
+    g[::2] *= -1
+    dpre8, dpre8_t = tk.relu_square_backward_kernel(g, w, post, None, number(1e-2))
+    assert (dpre8.float().abs() == tk.E5M2_MAX).all()
+    assert (dpre8[0].float() < 0).all() and (dpre8_t[:, 1].float() > 0).all()
+
+
+@pytest.mark.parametrize("shape", random_shapes(4 if not CUDA else 40), ids=str)
+def test_kernels_at_random_shapes(shape):
+    check_linear(*shape, HALF, seed=1)
+    check_linear_fp8(*shape, True, seed=2)
+    check_backward(*shape, HALF, seed=3)
+    check_backward_fp8_outputs(*shape, E5, E4, 0.01, seed=4)
+
+
+@needs_cuda
+def test_kernel_beyond_int32_elements():
+    t, f, d = 720_000, 3072, 64  # T * F > 2^31: 4.4 GB of bf16
+    x, w = random(64, d, dtype=BF16).repeat(t // 64, 1), random(f, d, dtype=BF16)
+    (post,) = tk.relu_square_linear_kernel(x, w)
+    assert torch.equal(post[-64:], post[:64])
+    (dpre,) = tk.relu_square_backward_kernel(x, w, post)
+    assert torch.equal(dpre[-64:], dpre[:64])
+    assert_close(dpre[-64:], tk.relu_square_backward_reference(*double(x[-64:], w, post[-64:]))[0])
+
+
+########################################################################################################################
+#                                                   The differentiable MLP                                             #
+########################################################################################################################
+
+
+def mlp_case(t, d, f, dtype):
+    w_up, w_down = random(f, d, dtype=dtype, spread=d**-0.5), random(f, d, dtype=dtype, spread=f**-0.5)
+    return random(t, d, dtype=dtype), w_up, w_down
+
+
+def gradients(function, tensors, g):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    y = function(*leaves)
+    return y.detach(), torch.autograd.grad(y, leaves, g)
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_mlp_gradient_is_that_of_autograd():
+    x, w_up, w_down = (t.cpu() for t in mlp_case(10, 8, 12, F64))
+    assert torch.autograd.gradcheck(tk.relu_square_mlp, [t.requires_grad_() for t in (x, w_up, w_down)])
+
+
+@pytest.mark.parametrize(("t", "d", "f"), [(48, 32, 64), *[(16384, 768, 3072)] * CUDA])
+def test_mlp_matches_its_reference(t, d, f):
+    tensors = mlp_case(t, d, f, BF16 if CUDA else F32)
+    g = random(t, d, dtype=tensors[0].dtype, seed=9)
+    y, grads = gradients(tk.relu_square_mlp, tensors, g)
+    expected, expected_grads = gradients(tk.relu_square_mlp_reference, [x.double() for x in tensors], g.double())
+    for out, exact in zip((y, *grads), (expected, *expected_grads), strict=True):
+        assert_close(out, exact)
+
+
+def test_mlp_under_torch_compile():
+    tensors, g = mlp_case(64, 32, 64, BF16), random(64, 32, dtype=BF16, seed=9)
+    compiled = torch.compile(tk.relu_square_mlp, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
+    y, grads = gradients(compiled, tensors, g)
+    expected, expected_grads = gradients(tk.relu_square_mlp, tensors, g)
+    for out, exact in zip((y, *grads), (expected, *expected_grads), strict=True):
+        assert_close(out, exact)
+
+
+########################################################################################################################
+#                                                     Shapes and errors                                                #
+########################################################################################################################
+
+
+def test_operators_give_shapes_without_running():
+    x, w, post = (torch.empty(s, dtype=BF16, device="meta") for s in ((32, 16), (48, 16), (32, 48)))
+    s = torch.empty((), device="meta")
+    out = tk.relu_square_linear_kernel(x, w, None, s, True)
+    assert [(tuple(o.shape), o.dtype) for o in out] == [
+        ((32, 48), BF16), ((32, 48), E4), (tuple(out[2].shape), F32), ((48, 32), E4)
+    ]  # fmt: skip
+    assert [(tuple(o.shape), o.dtype) for o in tk.relu_square_backward_kernel(x, w, post)] == [((32, 48), BF16)]
+    out = tk.relu_square_backward_kernel(x, w, post, None, s)
+    assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), E5), ((48, 32), E5)]
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+def test_cpu_takes_the_reference():
+    x, w, post = torch.randn(5, 3), torch.randn(7, 3), torch.rand(5, 7)  # no kernel takes rows of 12 bytes
+    assert torch.equal(tk.relu_square_linear(x, w)[0], tk.relu_square_linear_reference(x, w)[0])
+    assert torch.equal(tk.relu_square_backward(x, w, post)[0], tk.relu_square_backward_reference(x, w, post)[0])
+
+
+@pytest.mark.usefixtures("on_a_cpu")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"g": torch.zeros(2, 4, 5)}, r"shape \(2, 4, 5\).*row-major"),
+        ({"w": torch.zeros(8, 6).T}, r"shape \(6, 8\), strides \(1, 6\).*row-major"),
+        ({"g": torch.zeros(0, 8)}, r"no side 0"),
+        ({"w": torch.zeros(6, 9)}, r"do not fit: pass \(T, D\), \(F, D\) and, backward, post"),
+        ({"post": torch.zeros(4, 7)}, r"\(4, 7\)\] do not fit"),
+        ({"w": torch.zeros(6, 8, dtype=F16)}, r"dtypes \[torch.float32, torch.float16, torch.float32\]: convert"),
+        ({"post": torch.zeros(4, 6, dtype=F16)}, r"dtypes .*torch.float16\]: convert .*post to the first"),
+        ({"scale": torch.zeros(2)}, r"scales are .*\(2,\).*: pass one number in float32"),
+        ({"dpre_scale": torch.zeros((), dtype=F64)}, r"scales are .*torch.float64.*in float32"),
+        ({"w": torch.zeros(6, 8, device="meta")}, r"on cpu, meta: move"),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    good = {"g": torch.zeros(4, 8), "w": torch.zeros(6, 8), "post": torch.zeros(4, 6)}
+    with pytest.raises(ValueError, match=message):
+        tk.relu_square_backward(**(good | change))
+
+
+def test_kernels_name_rows_they_cannot_take():
+    with pytest.raises(ValueError, match="16 bytes.*pad T, D and F to multiples of 4"):
+        tk.relu_square_linear_kernel(random(4, 6), random(8, 6))
+    with pytest.raises(ValueError, match="16 bytes.*pad T, D and F to multiples of 16"):
+        tk.relu_square_linear_kernel(random(12, 16), random(16, 16), None, number(1.0), True)
+    with pytest.raises(ValueError, match="no torch.float32 operands for FP8 outputs: convert"):
+        tk.relu_square_linear_kernel(random(16, 16), random(16, 16), None, number(1.0))
+    with pytest.raises(ValueError, match="no torch.float64 operands: convert"):
+        tk.relu_square_linear_kernel(random(16, 16, dtype=F64), random(16, 16, dtype=F64))
