@@ -608,9 +608,9 @@ def relu_square_backward_reference(g: Tensor, w: Tensor, post: Tensor, scale: Te
 
 
 @jit
-def _relu_square_tiles(a, w, post, out, out8, out8_t, scale_ptr, out_scale_ptr, amax_ptr, M, N, K, LIMIT: tl.constexpr,
+def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr, M, N, K, LIMIT: tl.constexpr,
                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
-    """Each program takes every num_programs-th tile (BM, BN). a, w, out8_t and, forward, out are descriptors, which
+    """Each program takes every num_programs-th tile (BM, BN). a, w and, forward, out are descriptors, which
     read zeros and write nothing outside their matrix; the rest are pointers. None: the mode has no such tensor."""
     scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
     factor = 0.25 * scale * scale if post is None else 2.0 * scale
@@ -648,10 +648,7 @@ def _relu_square_tiles(a, w, post, out, out8, out8_t, scale_ptr, out_scale_ptr, 
                 value *= factor8
                 if LIMIT is not None:
                     value = tl.clamp(value, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-                value8 = value.to(out8.dtype.element_ty)
-                tl.store(out8 + offsets, value8, mask=inside)
-                if out8_t is not None:
-                    out8_t.store([col + i * (BN // PARTS), row], value8.T)
+                tl.store(out8 + offsets, value.to(out8.dtype.element_ty), mask=inside)
     if amax_ptr is not None:
         top = 2.0 * tl.max(largest)
         tl.store(amax_ptr + tl.program_id(0), (top * top * factor).to(out.dtype).to(tl.float32))
@@ -687,8 +684,10 @@ def _run_relu_square(a, w, post, scale, out_scale, transposed) -> list[Tensor]:
     limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX
     _relu_square_tiles[(_relu_square_programs(a) * each,)](
         tiled(a, [bm, bk]), tiled(w, [bn, bk]), post, tiled(out, [bm, part]) if post is None else out, out8,
-        None if out8_t is None else tiled(out8_t, [part, bm]), scale, out_scale, amax, *a.shape[:1], *w.shape, limit,
+        scale, out_scale, amax, *a.shape[:1], *w.shape, limit,
         bm, bn, bk, group, num_stages=stages, num_warps=warps)  # fmt: skip
+    if out8_t is not None:  # Triton 3.6 stores wrong bytes when FP8 values are written both straight and turned
+        outputs[3] = transpose_copy_kernel(out8)
     return [t for t in outputs if t is not None]
 
 
@@ -1216,23 +1215,49 @@ def _symmetric_product(
 
 
 @jit
-def _orthogonalise(
-    g_ptr,  # (N, R, C)
-    out_ptr,  # (N, R, C): x after rounds 0, 2 and 4
-    work_ptr,  # (N, R * C + 2 * S * S): x after rounds 1 and 3, gram, step
-    counts_ptr,  # int32 zeros: the next item; (N,): the finished tiles of each matrix; (N, SLOTS): traces, as fp32
-    N, R, C,
-    TALL: tl.constexpr, EVEN: tl.constexpr, SLOTS: tl.constexpr,
-    GRAM_TILE: tl.constexpr, STEP_TILE: tl.constexpr, X_TILE: tl.constexpr,
-):  # fmt: skip
-    """Programs take tiles from one list, all products of all matrices, and wait until what a tile needs is there."""
+def _polar_factors(round, traces_ptr, count, SLOTS: tl.constexpr):
+    """a, b, c of a round; those of the first one make up for the scale that g was not divided by."""
+    a = POLAR_ROUNDS[0][0]
+    b = POLAR_ROUNDS[0][1]
+    c = POLAR_ROUNDS[0][2]
+    for r in tl.static_range(1, 5):
+        a = tl.where(round == r, POLAR_ROUNDS[r][0], a)
+        b = tl.where(round == r, POLAR_ROUNDS[r][1], b)
+        c = tl.where(round == r, POLAR_ROUNDS[r][2], c)
+    if round == 0:
+        slots = tl.arange(0, SLOTS)
+        scale = 1.0 / (1.02 * tl.sqrt(tl.sum(tl.load(traces_ptr + slots, mask=slots < count, other=0.0))) + 1e-6)
+        a *= scale
+        b *= scale * scale * scale
+        c *= scale * scale * scale
+        c *= scale * scale
+    return a, b, c
+
+
+@jit
+def _triangle_tiles(S, TILE: tl.constexpr):
+    blocks = tl.cdiv(S, TILE[0])
+    return TILE[0] // TILE[1] * (blocks * (blocks + 1) // 2)
+
+
+@jit
+def _symmetric_wait(done_ptr, needed):
+    while tl.atomic_add(done_ptr, 0, sem="acquire") < needed:
+        pass
+    tl.debug_barrier()
+
+
+@jit
+def _orthogonalise(g_ptr, out_ptr, work_ptr, counts_ptr, N, R, C, TALL: tl.constexpr, EVEN: tl.constexpr,
+                   SLOTS: tl.constexpr, GRAM_TILE: tl.constexpr, STEP_TILE: tl.constexpr, X_TILE: tl.constexpr):
+    """Programs take tiles from one list, all products of all matrices, and wait until what a tile needs is there.
+    g (N, R, C); out, x after rounds 0, 2 and 4; work (N, R C + 2 S S): x after rounds 1 and 3, gram, step; counts, 0:
+    the next item, (N,) finished tiles of each matrix, (N, SLOTS) traces, as fp32."""
     # A tile needs the whole product before it, of the same matrix, all of which stands before it in the list: so the
     # first unfinished tile of the list never waits, and however few programs run at once, they come to an end.
     S = C if TALL else R
-    gram_blocks = tl.cdiv(S, GRAM_TILE[0])
-    step_blocks = tl.cdiv(S, STEP_TILE[0])
-    gram_tiles = GRAM_TILE[0] // GRAM_TILE[1] * (gram_blocks * (gram_blocks + 1) // 2)
-    step_tiles = STEP_TILE[0] // STEP_TILE[1] * (step_blocks * (step_blocks + 1) // 2)
+    gram_tiles = _triangle_tiles(S, GRAM_TILE)
+    step_tiles = _triangle_tiles(S, STEP_TILE)
     x_tiles = tl.cdiv(R, X_TILE[0]) * tl.cdiv(C, X_TILE[1])
     tiles = gram_tiles + step_tiles + x_tiles  # of one matrix in one round
     seen = -1
@@ -1240,8 +1265,7 @@ def _orthogonalise(
     while item < 5 * N * tiles:
         round = item // (N * tiles)
         tile = item % (N * tiles)
-        before = 0  # of this matrix's tiles in this round, those that stand before this product
-        here = gram_tiles
+        before, here = 0, gram_tiles  # this matrix's tiles in this round before this product, and of it
         if tile >= N * (gram_tiles + step_tiles):
             before = gram_tiles + step_tiles
             here = x_tiles
@@ -1253,11 +1277,8 @@ def _orthogonalise(
         done_ptr = counts_ptr + 1 + n
         needed = round * tiles + before
         if needed * N + n != seen:
-            while tl.atomic_add(done_ptr, 0, sem="acquire") < needed:
-                pass
-            tl.debug_barrier()
+            _symmetric_wait(done_ptr, needed)
             seen = needed * N + n
-
         start = n.to(tl.int64) * (R * C)
         other = work_ptr + n.to(tl.int64) * (R * C + 2 * S * S)
         gram = other + R * C
@@ -1272,29 +1293,13 @@ def _orthogonalise(
         traces_ptr = (counts_ptr + 1 + N).to(tl.pointer_type(tl.float32)) + n * SLOTS
         if before == 0:
             if TALL:
-                _symmetric_tile(
-                    old, 1, C, old, C, 1, None, gram, S, R, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE, traces_ptr
-                )
+                _symmetric_tile(old, 1, C, old, C, 1, None, gram, S, R, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE,
+                                traces_ptr)
             else:
-                _symmetric_tile(
-                    old, C, 1, old, 1, C, None, gram, S, C, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE, traces_ptr
-                )
+                _symmetric_tile(old, C, 1, old, 1, C, None, gram, S, C, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE,
+                                traces_ptr)
         elif before == gram_tiles:
-            a = POLAR_ROUNDS[0][0]
-            b = POLAR_ROUNDS[0][1]
-            c = POLAR_ROUNDS[0][2]
-            for r in tl.static_range(1, 5):
-                a = tl.where(round == r, POLAR_ROUNDS[r][0], a)
-                b = tl.where(round == r, POLAR_ROUNDS[r][1], b)
-                c = tl.where(round == r, POLAR_ROUNDS[r][2], c)
-            if round == 0:
-                slots = tl.arange(0, SLOTS)
-                traces = tl.load(traces_ptr + slots, mask=slots < tl.cdiv(S, GRAM_TILE[1]), other=0.0)
-                scale = 1.0 / (1.02 * tl.sqrt(tl.sum(traces)) + 1e-6)
-                a *= scale
-                b *= scale * scale * scale
-                c *= scale * scale * scale
-                c *= scale * scale
+            a, b, c = _polar_factors(round, traces_ptr, tl.cdiv(S, GRAM_TILE[1]), SLOTS)
             _symmetric_tile(gram, S, 1, gram, 1, S, gram, step, S, S, S, c, b, a, tile, True, EVEN, STEP_TILE)
         else:
             left = old if TALL else step
@@ -1388,199 +1393,6 @@ def gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
 def orthogonalise(g: Tensor) -> Tensor:
     """orthogonalise as defined above."""
     return _dispatch_symmetric(g, orthogonalise_reference, orthogonalise_kernel, _run_orthogonalise)(g)
-
-
-########################################################################################################################
-#                                      Weighted sum of residual streams and its RMS norm                               #
-########################################################################################################################
-#
-#     y = sum_i c_i * s_i                n = y * rsqrt(mean(y^2) + eps), over the last dimension
-#
-# streams       1 to 5 of (T, D), D <= 4096, one dtype of bf16, fp16, fp32 (the reference also float64), contiguous
-# coefficients  of each stream: None (which is 1), a scalar () fp32, or one per token, (T,) fp32 or the streams' dtype
-# y, n  (T, D)  in the streams' dtype; n is that of the rounded y; eps as in F.rms_norm, fp32's 1.2e-7 below float64
-#
-# Both outputs are differentiable by streams and coefficients, once. Streams without a coefficient are handed one and
-# the same tensor as their gradient. A scalar's gradient is a fixed tree of sums, no atomics: it is repeatable.
-# Source: RMS norm (arXiv 1910.07467) without a learned weight, of modded-nanogpt's weighted sum before each layer.
-
-MIX_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
-
-
-def _check_mix(streams: Sequence[Tensor], coefficients: Sequence[Tensor | None], dtypes: Sequence = ()) -> None:
-    if not 1 <= len(streams) <= 5 or len(coefficients) != len(streams):
-        raise ValueError(f"there are {len(streams)} streams and {len(coefficients)} coefficients: "
-                         f"pass one coefficient, or None, for each of 1 to 5 streams.")
-    shape, dtype, device = streams[0].shape, streams[0].dtype, streams[0].device
-    if len(shape) != 2 or 0 in shape or shape[1] > 4096 or dtypes and dtype not in dtypes:
-        raise ValueError(f"streams are {dtype} of shape {tuple(shape)}: pass bf16, fp16, fp32, (T, D), D <= 4096.")
-    for i, (s, c) in enumerate(zip(streams, coefficients, strict=True)):
-        if (s.shape, s.dtype, s.device) != (shape, dtype, device) or not s.is_contiguous():
-            raise ValueError(f"stream {i} is {s.dtype} {tuple(s.shape)} with strides {s.stride()} on {s.device}: pass "
-                             f"it contiguous and like stream 0, {dtype} {tuple(shape)} on {device}.")
-        if c is not None and (c.shape not in ((), shape[:1]) or not c.is_contiguous() or c.device != device
-                              or c.dtype not in (torch.float32, dtype)[:1 + c.ndim]):
-            raise ValueError(f"coefficient {i} is {c.dtype} {tuple(c.shape)} with strides {c.stride()} on {c.device}: "
-                             f"pass a float32 scalar, or a contiguous ({shape[0]},) in it or the streams' dtype.")
-
-
-def mix_norm_reference(streams: Sequence[Tensor], coefficients: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """(y, n) as defined above in plain PyTorch."""
-    _check_mix(streams, coefficients)
-    dtype = torch.promote_types(streams[0].dtype, torch.float32)
-    y = sum(s.to(dtype) if c is None else c.to(dtype).unsqueeze(-1) * s  # a scalar becomes (1,), a (T,) becomes (T, 1)
-            for s, c in zip(streams, coefficients, strict=True)).to(streams[0].dtype)
-    return y, F.rms_norm(y, y.shape[1:])
-
-
-@jit
-def _mix_rows(T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows, whether they exist, and the same of their elements."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, BLOCK)
-    return row, row < T, row.to(tl.int64)[:, None] * D + col[None, :], (row < T)[:, None] & (col < D)[None, :]
-
-
-@jit
-def _mix_sum(streams, coefficients, row, known, at, inside, STEPS: tl.constexpr):
-    """y rounded to the streams' dtype; row t has the coefficient at t * STEPS, 0 for a scalar."""
-    y = tl.zeros(at.shape, tl.float32)
-    for i in tl.static_range(len(streams)):
-        s = tl.load(streams[i] + at, mask=inside, other=0.0).to(tl.float32)
-        if coefficients[i] is not None:
-            s *= tl.load(coefficients[i] + row * STEPS[i], mask=known, other=0.0).to(tl.float32)[:, None]
-        y += s
-    return y.to(streams[0].dtype.element_ty)
-
-
-@jit
-def _mix_norm_forward(streams, coefficients, y_ptr, n_ptr, T, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                      STEPS: tl.constexpr):
-    """One program has ROWS rows in registers: each stream is read once."""
-    row, known, at, inside = _mix_rows(T, D, ROWS, BLOCK)
-    y = _mix_sum(streams, coefficients, row, known, at, inside, STEPS)
-    tl.store(y_ptr + at, y, mask=inside)
-    y = y.to(tl.float32)
-    root = tl.rsqrt(tl.sum(y * y, 1) / D + MIX_EPS)
-    tl.store(n_ptr + at, (y * root[:, None]).to(n_ptr.dtype.element_ty), mask=inside)
-
-
-@jit
-def _mix_norm_backward(y_ptr, dy_ptr, dn_ptr, g_ptr, streams, coefficients, ds, dc, T, D: tl.constexpr,
-                       ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """g = dy + the norm's share of dn; then g itself, c_i * g, and sum(g * s_i) as far as they are asked for."""
-    row, known, at, inside = _mix_rows(T, D, ROWS, BLOCK)
-    g = tl.zeros([ROWS, BLOCK], tl.float32)
-    if dy_ptr is not None:
-        g += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if dn_ptr is not None:
-        if y_ptr is None:  # every stream is asked for below: the sum of them is one pass over memory less than y
-            y = _mix_sum(streams, coefficients, row, known, at, inside, STEPS).to(tl.float32)
-        else:
-            y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        dn = tl.load(dn_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        root = tl.rsqrt(tl.sum(y * y, 1) / D + MIX_EPS)
-        along = root * root * tl.sum(dn * y, 1) / D
-        g += root[:, None] * (dn - along[:, None] * y)
-    if g_ptr is not None:
-        tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=inside)
-    for i in tl.static_range(len(coefficients)):
-        c = tl.load(coefficients[i] + row * STEPS[i], mask=known, other=0.0).to(tl.float32)
-        tl.store(ds[i] + at, (c[:, None] * g).to(ds[i].dtype.element_ty), mask=inside)
-        if dc[i] is not None:
-            share = tl.sum(g * tl.load(streams[i] + at, mask=inside, other=0.0).to(tl.float32), 1)
-            if STEPS[i] == 1:
-                tl.store(dc[i] + row, share.to(dc[i].dtype.element_ty), mask=known)
-            else:
-                tl.store(dc[i] + tl.program_id(0), tl.sum(share))
-
-
-def _mix_launch(like: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """Grid and sizes: a program has one row, or several short ones, and a warp 512 of its columns."""
-    (tokens, dim), block = like.shape, 1 << (like.shape[1] - 1).bit_length()
-    rows = max(1, 1024 // block)
-    sizes = {"T": tokens, "D": dim, "ROWS": rows, "BLOCK": block, "num_warps": max(1, block // 512)}
-    return (-(-tokens // rows),), sizes
-
-
-@torch.library.custom_op("speedrun::mix_norm", mutates_args=())
-def mix_norm_kernel(streams: Sequence[Tensor], coefficients: Sequence[Tensor], pattern: str) -> tuple[Tensor, Tensor]:
-    """(y, n) as defined above, by the kernel; pattern has a "c" for each stream with a coefficient, else a "-"."""
-    given = iter(coefficients)  # a list with None in it would not be differentiated
-    every = tuple(next(given) if mark == "c" else None for mark in pattern)
-    _check_mix(streams, every, (torch.bfloat16, torch.float16, torch.float32))
-    y, n = torch.empty_like(streams[0]), torch.empty_like(streams[0])
-    grid, sizes = _mix_launch(y)
-    steps = tuple(0 if c is None else c.ndim for c in every)
-    _mix_norm_forward[grid](tuple(streams), every, y, n, **sizes, STEPS=steps)
-    return y, n
-
-
-@mix_norm_kernel.register_fake
-def _(streams, coefficients, pattern):
-    return torch.empty_like(streams[0]), torch.empty_like(streams[0])
-
-
-def _mix_gradients(like, coefficients, needed, plain):
-    """Room for the partial sums of the scalars' gradients, for g if plain, c * g, and the gradients per token."""
-    asked = [c for c, need in zip(coefficients, needed, strict=True) if need]
-    sums = like.new_empty((sum(not c.ndim for c in asked), *_mix_launch(like)[0]), dtype=torch.float32)
-    g, ds = [torch.empty_like(like)] * plain, [torch.empty_like(like) for _ in coefficients]
-    return sums, g, ds, [torch.empty_like(c) for c in asked if c.ndim]
-
-
-@torch.library.custom_op("speedrun::mix_norm_backward", mutates_args=())
-def mix_norm_backward_kernel(y: Tensor | None, dy: Tensor | None, dn: Tensor | None, streams: Sequence[Tensor],
-                             coefficients: Sequence[Tensor], needed: Sequence[bool], plain: bool) -> list[Tensor]:
-    """The tensors of _mix_gradients; streams are those of the needed coefficients, y is None if that is all."""
-    dy, dn = (None if x is None else x.contiguous() for x in (dy, dn))
-    sums, g, ds, dc = _mix_gradients(dy if dn is None else dn, coefficients, needed, plain)
-    scalars, tokens, again, steps = iter(sums), iter(dc), iter(streams), tuple(c.ndim for c in coefficients)
-    grid, sizes = _mix_launch((g + ds)[0])
-    _mix_norm_backward[grid](
-        y, dy, dn, g[0] if plain else None, tuple(next(again) if need else None for need in needed),
-        tuple(coefficients), tuple(ds), tuple(next(tokens if step else scalars) if need else None
-                                              for step, need in zip(steps, needed, strict=True)), **sizes, STEPS=steps)
-    return [sums, *g, *ds, *dc]
-
-
-@mix_norm_backward_kernel.register_fake
-def _(y, dy, dn, streams, coefficients, needed, plain):
-    sums, g, ds, dc = _mix_gradients(dy if dn is None else dn, coefficients, needed, plain)
-    return [sums, *g, *ds, *dc]
-
-
-def _mix_norm_setup(ctx, inputs, output):
-    streams, coefficients, ctx.pattern = inputs
-    ctx.set_materialize_grads(False)  # None, not zeros, for an output that nobody uses
-    ctx.needed = [bool(need) for need in ctx.needs_input_grad[len(streams):][:len(coefficients)]]
-    mixed = [s for s, mark in zip(streams, ctx.pattern, strict=True) if mark == "c"]
-    again = [s for s, need in zip(mixed, ctx.needed, strict=True) if need]
-    ctx.again = len(again)
-    ctx.save_for_backward(None if len(again) == len(streams) else output[0], *again, *coefficients)
-
-
-def _mix_norm_autograd(ctx, dy, dn):
-    y, *rest = ctx.saved_tensors
-    again, coefficients, plain = rest[:ctx.again], rest[ctx.again:], "-" in ctx.pattern
-    sums, *out = mix_norm_backward_kernel(y, dy, dn, again, coefficients, ctx.needed, plain)
-    scalars, out = iter(sums.sum(1)), iter(out)
-    g = next(out) if plain else None
-    ds = [next(out) if mark == "c" else g for mark in ctx.pattern]
-    return ds, [next(out if c.ndim else scalars) if need else None
-                for c, need in zip(coefficients, ctx.needed, strict=True)], None
-
-
-mix_norm_kernel.register_autograd(_mix_norm_autograd, setup_context=_mix_norm_setup)
-
-
-def mix_norm(streams: Sequence[Tensor], coefficients: Sequence[Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
-    """(y, n) as defined above: by the kernel on a GPU, by the reference elsewhere."""
-    coefficients = [None] * len(streams) if coefficients is None else coefficients
-    if not streams or len(streams) != len(coefficients) or not kernels_available(streams[0].device):
-        return mix_norm_reference(streams, coefficients)
-    pattern = "".join("-" if c is None else "c" for c in coefficients)
-    return mix_norm_kernel(list(streams), [c for c in coefficients if c is not None], pattern)
 
 
 ########################################################################################################################

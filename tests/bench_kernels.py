@@ -102,7 +102,8 @@ def attention_rows() -> Iterator[Row]:
                 return tk.attention_library(qkv, where, *options, cos, sin, key_offset=True)
 
             turn = compiled(turn) if turned else None
-            leaves = [qkv] if turned else [x.unflatten(1, (heads, -1)).contiguous() for x in qkv.chunk(3, 1)]
+            parts = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
+            leaves = [qkv] if turned else [x.unflatten(1, (heads, -1)).contiguous() for x in parts]
             leaves = [x.detach().requires_grad_() for x in leaves]
 
             def library(function=turn if turned else varlen, leaves=leaves, dout=dout):
@@ -181,24 +182,6 @@ def layout_rows() -> Iterator[Row]:
                   compiled(lambda x=x, s=scales: tk.quantize_transpose_reference(x, s, E4)), 2 * x.nbytes)
 
 
-def residual_rows() -> Iterator[Row]:
-    for tokens in (16384, 49152):
-        for count in (3, 2):
-            streams = [randn(tokens, 768).requires_grad_() for _ in range(count)]
-            scalars = [torch.rand((), device="cuda").requires_grad_() for _ in streams] if count == 3 else [None] * 2
-            upstream = [randn(tokens, 768) for _ in range(2)]
-            leaves = [*streams, *(c for c in scalars if c is not None)]
-            plain = compiled(tk.mix_norm_reference)
-
-            def run(function, streams=streams, scalars=scalars, leaves=leaves, upstream=upstream):
-                return torch.autograd.grad(function(streams, scalars), leaves, upstream)
-
-            moved = streams[0].nbytes * (count + 2 + (3 + count + count if count == 3 else 4))
-            yield Row("mix_norm, forward + backward", f"{tokens:,} x 768, {count} streams"
-                      f"{' with scalars' if count == 3 else ''}", lambda run=run: run(tk.mix_norm),
-                      lambda run=run, plain=plain: run(plain), moved)
-
-
 def measured_rates() -> dict[str, float]:
     """Bytes a second of a copy; operations a second of 8192-cubed products of random matrices."""
     source, target = torch.randn(2**29, device="cuda"), torch.empty(2**29, device="cuda")
@@ -207,7 +190,7 @@ def measured_rates() -> dict[str, float]:
     products = {"bf16": lambda: a @ b.t(),
                 "fp8": lambda: torch._scaled_mm(a8, b8.t(), one, one, out_dtype=BF16, use_fast_accum=True)}
     rates = {name: 2 * 8192**3 / gpu_time(product) * 1e6 for name, product in products.items()}
-    return {"copy": 2 * source.nbytes / gpu_time(lambda: target.copy_(source)) * 1e6, **rates}
+    return {"copy": 2 * source.nbytes / gpu_time(lambda: torch.mul(source, 1, out=target)) * 1e6, **rates}
 
 
 def main(words: list[str]) -> None:
@@ -220,7 +203,7 @@ def main(words: list[str]) -> None:
           f"{rates['copy'] / 1e12:.2f} TB/s, bf16 {rates['bf16'] / 1e12:.0f} TFLOP/s, fp8 {rates['fp8'] / 1e12:.0f}\n")
     print("| kernel | shape | us | rate | floor us | ratio | PyTorch us |\n|---|---|---|---|---|---|---|", flush=True)
     sums = {}
-    for rows in (attention_rows, mlp_rows, loss_rows, orthogonalise_rows, layout_rows, residual_rows):
+    for rows in (attention_rows, mlp_rows, loss_rows, orthogonalise_rows, layout_rows):
         if words and not any(word in rows.__name__ for word in words):
             continue
         for row in rows():

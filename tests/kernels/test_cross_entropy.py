@@ -74,7 +74,8 @@ def assert_matches_reference(args, grad_scale, grad_dtype, both=True):
     assert losses.dtype == F32 and losses.shape == targets.shape
     assert grad.dtype == grad_t.dtype == grad_dtype and grad.shape == logits.shape
     assert_close(losses, expected[0], LOSS_TOLERANCE[logits.dtype])
-    assert_close(grad.float(), expected[1], 1e-2 if (logits.dtype, grad_dtype) == (BF16, F32) else TOLERANCE[grad_dtype])
+    tolerance = 1e-2 if (logits.dtype, grad_dtype) == (BF16, F32) else TOLERANCE[grad_dtype]
+    assert_close(grad.float(), expected[1], tolerance)
     if both:
         assert grad_t.is_contiguous() and torch.equal(grad_t.float(), grad.float().t())
     else:
