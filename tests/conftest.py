@@ -15,6 +15,10 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 import triton_kernels  # noqa: E402
 
+# tests/kernels runs the kernels: on the GPU, at real shapes too, where there is one, else in Triton's interpreter. That
+# must be switched on before triton is first imported and then holds for its process, so without a GPU test_kernels.py
+# runs the folder in processes of its own.
+collect_ignore_glob = [] if torch.cuda.is_available() or triton_kernels.INTERPRETED else ["kernels/*"]
 REFERENCE, _ = triton_kernels.choose((0, 0), torch.float32)  # plain PyTorch throughout
 TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_rows=256, layers=(
     train_gpt.Layer("short", paired=True, value_embed=True),
@@ -74,3 +78,9 @@ def run_trainer(*args: str, processes: int = 1, timeout: int = 300, **environmen
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
     return subprocess.run([sys.executable, *launch, "train_gpt.py", *args], cwd=ROOT, text=True, capture_output=True,
                           timeout=timeout, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment})
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """The kernels' public functions take their references, as on a CPU without the interpreter."""
+    monkeypatch.setattr(triton_kernels, "kernels_available", lambda device: False)
