@@ -671,7 +671,8 @@ def _relu_square_outputs(a, w, out_scale, transposed, backward) -> list[Tensor |
 
 def _run_relu_square(a, w, post, scale, out_scale, transposed) -> list[Tensor]:
     _check_relu_square(a, w, post, scale, out_scale)
-    outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, out_scale, transposed, post is not None)
+    outputs = _relu_square_outputs(a, w, out_scale, transposed, post is not None)
+    out, out8, amax, out8_t = outputs
     for t in (a, w, post, out, out8, out8_t):
         if t is not None and (t.shape[1] * t.itemsize % 16 or t.data_ptr() % 16):
             raise ValueError(f"{t.dtype} matrix {tuple(t.shape)}: rows or start are not at multiples of 16 bytes: pad "
@@ -687,7 +688,7 @@ def _run_relu_square(a, w, post, scale, out_scale, transposed) -> list[Tensor]:
         scale, out_scale, amax, *a.shape[:1], *w.shape, limit,
         bm, bn, bk, group, num_stages=stages, num_warps=warps)  # fmt: skip
     if out8_t is not None:  # Triton 3.6 stores wrong bytes when FP8 values are written both straight and turned
-        outputs[3] = transpose_copy_kernel(out8)
+        _turn(out8.view(torch.uint8), out8_t.view(torch.uint32), 4, False)
     return [t for t in outputs if t is not None]
 
 
@@ -1370,29 +1371,26 @@ gram_polynomial_kernel.register_fake(lambda a, b, c: torch.empty_like(a))
 orthogonalise_kernel.register_fake(lambda g: torch.empty_like(g))
 
 
-# bf16 on a GPU takes the kernels; through the operator, 15 us more of host time a call, only under torch.compile.
-def _dispatch_symmetric(x: Tensor, reference, operator, run):
-    if not kernels_available(x.device) or x.dtype != torch.bfloat16:
-        return reference
-    return operator if torch.compiler.is_compiling() else run
+def _runs_symmetric(x: Tensor) -> bool:  # fp16 is for the tests: very small matrices overflow in it
+    return kernels_available(x.device) and x.dtype == torch.bfloat16
 
 
 @torch.no_grad()
 def gram(x: Tensor) -> Tensor:
     """gram as defined above."""
-    return _dispatch_symmetric(x, gram_reference, gram_kernel, _run_gram)(x)
+    return (gram_kernel if _runs_symmetric(x) else gram_reference)(x)
 
 
 @torch.no_grad()
 def gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
     """gram_polynomial as defined above."""
-    return _dispatch_symmetric(a, gram_polynomial_reference, gram_polynomial_kernel, _run_gram_polynomial)(a, b, c)
+    return (gram_polynomial_kernel if _runs_symmetric(a) else gram_polynomial_reference)(a, b, c)
 
 
 @torch.no_grad()
 def orthogonalise(g: Tensor) -> Tensor:
     """orthogonalise as defined above."""
-    return _dispatch_symmetric(g, orthogonalise_reference, orthogonalise_kernel, _run_orthogonalise)(g)
+    return (orthogonalise_kernel if _runs_symmetric(g) else orthogonalise_reference)(g)
 
 
 ########################################################################################################################
@@ -1411,9 +1409,9 @@ def orthogonalise(g: Tensor) -> Tensor:
 # None of the three is differentiable.
 
 TURN_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
-# Four floats to a word of FP8. Written out, because ptxas 12.8 takes the wrong registers when the bytes of such a
-# conversion are picked apart and packed anew. The interpreter knows no PTX: there, _quantize_transpose packs.
-TURN_WORD = None if os.environ.get("TRITON_INTERPRET") == "1" else (
+# Four floats to a word of FP8. Written out, because Triton 3.6 writes wrong bytes when those of such a conversion are
+# picked apart and packed anew. The interpreter knows no PTX: there, _quantize_transpose packs.
+TURN_WORD = None if INTERPRETED else (
     "{{ .reg .b16 low, high; cvt.rn.satfinite.{0}x2.f32 low, $2, $1; "
     "cvt.rn.satfinite.{0}x2.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}")
 

@@ -61,10 +61,11 @@ def assert_products_match(shape, dtype, seed=0):
     assert_close(step, tk.gram_polynomial_reference(gram.double(), 0.7, -1.3), TOLERANCE[dtype])
 
 
-def assert_orthogonalises(g, name=""):
+def assert_orthogonalises(g, name="", rounds=0):
     """Relative and largest error against float64 are at most 1.1 and 1.5 times those of plain PyTorch in g's dtype and
-    one rounding in each of the five rounds: the kernel also rounds a, on the diagonal of a + step. fp32 may differ by
-    1e-4, and matrices of a few rows by 32 roundings: the first polynomial alone multiplies an error of rank 1 by 16."""
+    `rounds` roundings: the kernel also rounds a, on the diagonal of a + step, which shows where little else is
+    rounded. fp32 may differ by 1e-4, and matrices of a few rows by 64 roundings: the first polynomial alone multiplies
+    an error of rank 1 by 16."""
     exact = tk.orthogonalise_reference(g.double())
     plain = tk.orthogonalise_reference(g)
     if CUDA:
@@ -74,7 +75,7 @@ def assert_orthogonalises(g, name=""):
     assert out.dtype == g.dtype and out.shape == g.shape
     unit = torch.finfo(g.dtype).eps / 2
     few = 1e-4 if g.dtype == F32 else 64 * unit if min(g.shape[1:]) < 16 else 0
-    bounds = 1.1 * error(plain, exact) + 5 * unit, 1.5 * float((plain - exact).abs().max()) + 5 * unit
+    bounds = 1.1 * error(plain, exact) + rounds * unit, 1.5 * float((plain - exact).abs().max()) + rounds * unit
     bounds = max(bounds[0], few), max(bounds[1], few)
     found = error(out, exact), float((out - exact).abs().max())
     if name:
@@ -135,19 +136,21 @@ def test_kernels_at_random_shapes():
     for seed in range(4):
         shape = tuple(int(torch.randint(1, high, (), generator=generator)) for high in (4, top, top))
         assert_products_match(shape, DTYPES[seed % 2], seed)
+        if CUDA:  # where 16 does not divide a side, the reference stands in for the kernel
+            shape = shape[0], *(16 * -(-side // 16) for side in shape[1:])
         assert_orthogonalises(matrices(shape, DTYPES[seed % 2], seed))
 
 
 @runs_kernel
 @pytest.mark.parametrize("factor", [1e-30, 1e-9, 1e-3, 1e3, 1e7])
 def test_kernel_orthogonalises_at_every_scale(factor):
-    g = matrices((2, 20, 40), DTYPES[1] if DEVICE == "cuda" else F32) * factor
-    assert_orthogonalises(g)
+    g = matrices((2, 32, 48) if CUDA else (2, 20, 40), DTYPES[1] if CUDA else F32) * factor
+    assert_orthogonalises(g, rounds=5)
 
 
 @runs_kernel
 def test_kernel_keeps_matrices_apart():
-    g = matrices((4, 20, 17), DTYPES[0])
+    g = matrices((4, 32, 16) if CUDA else (4, 20, 17), DTYPES[0])
     g[1] = 0
     whole = tk.orthogonalise_kernel(g)
     assert (whole[1] == 0).all()
@@ -158,7 +161,7 @@ def test_kernel_keeps_matrices_apart():
 
 @runs_kernel
 def test_kernel_takes_more_matrices_than_programs():
-    shape = (9, 3, 4) if DEVICE == "cpu" else (400, 72, 40)
+    shape = (9, 3, 4) if DEVICE == "cpu" else (400, 80, 48)
     g = matrices(shape, DTYPES[1])
     assert_orthogonalises(g)
 
