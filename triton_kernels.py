@@ -9,6 +9,7 @@ The file imports where Triton cannot be imported. Under TRITON_INTERPRET=1 (set 
 operators take CPU tensors; that is how the tests run them without a GPU. Measured times: records/NOTES.md.
 """
 
+import functools
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -37,6 +38,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def kernels_available(device: torch.device | str) -> bool:
     """Whether this file's operators run on `device`; each public function takes its reference where they do not."""
     return triton is not None and (INTERPRETED or torch.device(device).type == "cuda")
+
+
+def by_device(kernel: Callable, reference: Callable, *dtypes: torch.dtype) -> Callable:
+    """The public function of an operation that is not differentiable: `kernel` where this file's operators run and its
+    first argument has one of `dtypes` (none given: any), else `reference`, of the same signature."""
+    @torch.no_grad()
+    @functools.wraps(reference)
+    def function(*args, **options):
+        first = args[0] if args else next(iter(options.values()))
+        runs = kernels_available(first.device) and (not dtypes or first.dtype in dtypes)
+        return (kernel if runs else reference)(*args, **options)
+    function.__name__ = function.__qualname__ = reference.__name__.replace("_reference", "")
+    return function
 
 
 ########################################################################################################################
@@ -714,16 +728,8 @@ relu_square_backward_kernel.register_fake(
     [t for t in _relu_square_outputs(g, w, dpre_scale, True, True) if t is not None])  # fmt: skip
 
 
-def relu_square_linear(x: Tensor, *args, **options) -> list[Tensor]:
-    """relu_square_linear_reference, by the kernel on a GPU. Not differentiable."""
-    run = relu_square_linear_kernel if kernels_available(x.device) else relu_square_linear_reference
-    return run(x, *args, **options)
-
-
-def relu_square_backward(g: Tensor, *args, **options) -> list[Tensor]:
-    """relu_square_backward_reference, by the kernel on a GPU. Not differentiable."""
-    run = relu_square_backward_kernel if kernels_available(g.device) else relu_square_backward_reference
-    return run(g, *args, **options)
+relu_square_linear = by_device(relu_square_linear_kernel, relu_square_linear_reference)
+relu_square_backward = by_device(relu_square_backward_kernel, relu_square_backward_reference)
 
 
 class ReluSquareMLP(torch.autograd.Function):
@@ -1063,12 +1069,7 @@ def _(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layout
     return logits.new_empty(logits.shape[0], dtype=torch.float32), grad, grad_t
 
 
-@torch.no_grad()
-def softcapped_cross_entropy(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layouts=False):
-    """(losses, grad, grad_t) as defined above: by the kernels on a GPU, by the reference elsewhere."""
-    kernel = kernels_available(logits.device)
-    function = softcapped_cross_entropy_kernel if kernel else softcapped_cross_entropy_reference
-    return function(logits, targets, weights, grad_scale, grad_dtype, prefix, both_layouts)
+softcapped_cross_entropy = by_device(softcapped_cross_entropy_kernel, softcapped_cross_entropy_reference)
 
 
 def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tensor:
@@ -1371,26 +1372,10 @@ gram_polynomial_kernel.register_fake(lambda a, b, c: torch.empty_like(a))
 orthogonalise_kernel.register_fake(lambda g: torch.empty_like(g))
 
 
-def _runs_symmetric(x: Tensor) -> bool:  # fp16 is for the tests: very small matrices overflow in it
-    return kernels_available(x.device) and x.dtype == torch.bfloat16
-
-
-@torch.no_grad()
-def gram(x: Tensor) -> Tensor:
-    """gram as defined above."""
-    return (gram_kernel if _runs_symmetric(x) else gram_reference)(x)
-
-
-@torch.no_grad()
-def gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
-    """gram_polynomial as defined above."""
-    return (gram_polynomial_kernel if _runs_symmetric(a) else gram_polynomial_reference)(a, b, c)
-
-
-@torch.no_grad()
-def orthogonalise(g: Tensor) -> Tensor:
-    """orthogonalise as defined above."""
-    return (orthogonalise_kernel if _runs_symmetric(g) else orthogonalise_reference)(g)
+# In bf16 only: fp16 is for the tests, very small matrices overflow in it.
+gram = by_device(gram_kernel, gram_reference, torch.bfloat16)
+gram_polynomial = by_device(gram_polynomial_kernel, gram_polynomial_reference, torch.bfloat16)
+orthogonalise = by_device(orthogonalise_kernel, orthogonalise_reference, torch.bfloat16)
 
 
 ########################################################################################################################
@@ -1565,10 +1550,7 @@ def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows
 quantize_transpose_kernel.register_fake(_quantize_outputs)
 
 
-@torch.no_grad()
-def transpose_copy(src: Tensor) -> Tensor:
-    """src' as defined above: by the kernel on a GPU, by the reference elsewhere."""
-    return (transpose_copy_kernel if kernels_available(src.device) else transpose_copy_reference)(src)
+transpose_copy = by_device(transpose_copy_kernel, transpose_copy_reference)
 
 
 @torch.no_grad()
