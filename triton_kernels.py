@@ -772,60 +772,54 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 # grad    (T, V)  bf16, fp16, fp32 or float8_e5m2, clamped to its largest value  grad_scale * d losses_i / d logit_ij
 # grad_t  (V, T)  grad transposed, contiguous; (0, 0) unless both_layouts        FP8 products want the inner axis so
 #
-# A target of -1 is none: its term is left out, as are those with i + k >= T. So a loss over a sample of the vocabulary
-# is this operator on the sample's columns, with candidate_positions(targets, ...) as targets. Neither output is
-# differentiable again: whoever calls this hands grad to the backward pass of what made the logits. A shape, layout,
-# device or dtype not listed here raises ValueError. bf16 logits go through the GPU's tanh: its relative error of 2^-11
-# is below the rounding of the logits themselves (2^-9); other logits keep fp32's accuracy.
+# Terms with a target of -1, or with i + k >= T, are left out: so the loss over a sample of the vocabulary is this one,
+# of the sample's columns and candidate_positions(targets, ...). No output is differentiable again: grad goes into the
+# backward pass of what made the logits. A shape, layout, device or dtype not listed here raises ValueError. bf16 logits
+# go through the GPU's tanh: its relative error, 2^-11, is below their own, 2^-9. Other logits keep fp32's accuracy.
 #
-# Sources: the softcap is that of Gemma 2 (arXiv 2408.00118), in the sigmoid form of modded-nanogpt's record #54;
-# multi-token prediction is that of Gloeckle et al. 2024 (arXiv 2404.19737), as weighted further targets of the one
-# output head (record #53); loss and gradient in one kernel follow the idea of records #60 and #79.
+# Sources: the softcap of Gemma 2 (arXiv 2408.00118), a sigmoid in modded-nanogpt's record #54; multi-token prediction
+# (Gloeckle et al. 2024, 2404.19737) by one output head, #53; loss and gradient in one kernel, #60 and #79.
 
 CAP, SHIFT, WIDTH = 23.0, 5.0, 7.5
 MAX_TARGETS = 4
 E5M2_MAX = 57344.0  # the largest finite float8_e5m2; a cast alone would make larger values inf
-KERNEL_GRAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e5m2)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _check_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, prefix: Tensor | None) -> None:
-    if logits.ndim != 2 or 0 in logits.shape or not logits.is_contiguous():
-        raise ValueError(f"logits have shape {tuple(logits.shape)} and strides {logits.stride()}: "
-                         f"pass a contiguous (T, V), neither of them 0.")
-    terms = range(1, MAX_TARGETS + 1) if prefix is None else range(2, MAX_TARGETS + 2)
-    if weights.ndim != 1 or len(weights) not in terms or not weights.is_contiguous() or weights.dtype != torch.float32:
-        raise ValueError(f"weights are {weights.dtype} of shape {tuple(weights.shape)}: pass a contiguous float32 "
-                         f"(K,), 1 <= K <= {MAX_TARGETS}, and with prefix targets one more, for these, at the end.")
+def _expect(name: str, x: Tensor, fits: bool, wanted: str, dtypes: tuple, device: torch.device | None = None) -> None:
+    """ValueError, with all that x should be and is, unless it fits, is contiguous, of these dtypes and on device."""
+    device = device or x.device
+    if not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == device):
+        raise ValueError(f"{name} must be {wanted}, contiguous, on {device}, {' or '.join(map(str, dtypes))}, "
+                         f"not {x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}.")
+
+
+def _check_cross_entropy(logits, targets, weights, prefix, *dtypes: torch.dtype) -> None:
+    _expect("logits", logits, logits.ndim == 2 and 0 not in logits.shape, "(T, V), neither of them 0", dtypes)
+    terms = weights.numel() - (prefix is not None)
+    _expect("weights", weights, weights.ndim == 1 and 1 <= terms <= MAX_TARGETS, f"(K,), 1 <= K <= {MAX_TARGETS}, or "
+            "with prefix (K + 1,), its weight the last", (torch.float32,), logits.device)
     for name, index in (("targets", targets), ("prefix", targets if prefix is None else prefix)):
-        integer = index.dtype in (torch.int32, torch.int64)
-        if index.shape != logits.shape[:1] or not index.is_contiguous() or not integer:
-            raise ValueError(f"{name} are {index.dtype} of shape {tuple(index.shape)}: pass one contiguous int32 or "
-                             f"int64 token per row of logits, shape ({logits.shape[0]},).")
-        if not index.device == weights.device == logits.device:
-            raise ValueError(f"logits, {name}, weights are on {logits.device}, {index.device}, {weights.device}: "
-                             f"move them to one device.")
+        _expect(name, index, index.shape == logits.shape[:1], f"({len(logits)},), a token for each row of logits",
+                (torch.int32, torch.int64), logits.device)
 
 
 @torch.no_grad()
-def softcapped_cross_entropy_reference(
-    logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float, grad_dtype: torch.dtype,
-    prefix: Tensor | None = None, both_layouts: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def softcapped_cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
+                                       grad_dtype: torch.dtype, prefix: Tensor | None = None,
+                                       both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, grad, grad_t) as defined above in plain PyTorch: the kernel's definition, and what a CPU trains with."""
-    _check_cross_entropy(logits, targets, weights, prefix)
-    tokens, vocab = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    _check_cross_entropy(logits, targets, weights, prefix, *FLOATS, torch.float64)
+    (tokens, vocab), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     terms = len(weights) - (prefix is not None)
-    ahead = torch.arange(tokens, device=logits.device)[:, None] + torch.arange(terms, device=logits.device)
-    index = targets.long()[ahead.clamp(max=tokens - 1)].where(ahead < tokens, -1)  # (T, K)
+    index = F.pad(targets.long(), (0, terms - 1), value=-1).unfold(0, terms, 1)  # (T, K)
     if prefix is not None:
         index = torch.cat([index, prefix.long()[:, None]], 1)
     weight = weights.to(dtype) * (index >= 0)  # 0 where there is no target
     index = index.clamp(min=0)
     losses = torch.empty(tokens, dtype=dtype, device=logits.device)
     grad = torch.empty_like(logits, dtype=grad_dtype)
-    # Eager on a CPU, a few rows at a time: 2 MiB temporaries stay in cache and in the allocator's hands, where
-    # full-size ones cost more in page faults than all the arithmetic.
+    # Eager on a CPU, a few rows at a time: page faults of full-size temporaries cost more than all the arithmetic.
     # A GPU prefers few launches, and torch.compile, which would unroll the loop, fuses the passes itself.
     in_parts = logits.device.type == "cpu" and not torch.compiler.is_compiling()
     step = max(2**19 // vocab, 1) if in_parts else tokens
@@ -838,9 +832,7 @@ def softcapped_cross_entropy_reference(
         scaled = weight[rows] * (grad_scale * CAP / WIDTH)
         prob.mul_(scaled.sum(1, keepdim=True)).scatter_add_(1, index[rows], -scaled)
         prob.mul_(sig.addcmul_(sig, sig, value=-1))
-        if grad_dtype == torch.float8_e5m2:
-            prob.clamp_(-E5M2_MAX, E5M2_MAX)
-        grad[rows] = prob
+        grad[rows] = prob.clamp_(-E5M2_MAX, E5M2_MAX) if grad_dtype == torch.float8_e5m2 else prob
     return losses, grad, grad.t().contiguous() if both_layouts else grad.new_empty(0, 0)
 
 
@@ -851,25 +843,16 @@ LOSS_SLOPE, LOSS_OFFSET = tl.constexpr(-LOSS_LOG2E / WIDTH), tl.constexpr(-LOSS_
 LOSS_DROP, LOSS_MIDDLE = tl.constexpr(-LOSS_LOG2E * CAP), tl.constexpr(LOSS_LOG2E * CAP / 2)
 LOSS_CAP, LOSS_STEEPNESS, LOSS_E5M2_MAX = tl.constexpr(CAP), tl.constexpr(CAP / WIDTH), tl.constexpr(E5M2_MAX)
 LOSS_FLOOR = tl.constexpr(2.718281828459045 ** (-CAP / 2))
-
-
-def _loss_ptx() -> str:
-    """PTX from 4 bf16 logits to 4 exp(z - CAP / 2), and in bf16 to these times 1 - tanh^2 = 4 * sig * rest, where
-    tanh is of (logit + SHIFT) / (2 * WIDTH): 2 special functions an element, which run at 1/8 of the rate of others.
-    What Triton would make of the same lines costs more: it computes a tile again for its transpose."""
-    third, shift, half = ("0f" + struct.pack(">f", x).hex() for x in (
-        0.5 / WIDTH, 0.5 * SHIFT / WIDTH, CAP / 2 * LOSS_LOG2E))
-    ptx = "{ .reg .f32 x, t, s0, s1; .reg .b32 i; "
-    for n in range(4):
-        ptx += f"and.b32 i, ${n // 2 + 6}, 0xffff0000; " if n % 2 else f"shl.b32 i, ${n // 2 + 6}, 16; "
-        ptx += f"mov.b32 x, i; fma.rn.ftz.f32 x, x, {third}, {shift}; tanh.approx.f32 t, x; "
-        ptx += f"mul.rn.ftz.f32 x, t, {half}; ex2.approx.ftz.f32 ${n}, x; "
-        ptx += f"neg.f32 x, t; fma.rn.ftz.f32 x, x, t, 0f3F800000; mul.rn.ftz.f32 s{n % 2}, x, ${n}; "
-        ptx += f"cvt.rn.bf16x2.f32 ${n // 2 + 4}, s1, s0; " if n % 2 else ""
-    return ptx + "}"
-
-
-LOSS_PTX = tl.constexpr(_loss_ptx())
+# PTX from 4 bf16 logits to 4 exp(z - CAP / 2), and in bf16 to these times 1 - tanh^2 = 4 * sig * rest, where tanh is of
+# (logit + SHIFT) / (2 * WIDTH): 2 special functions an element, which run at 1/8 of the rate of others. What Triton
+# would make of the same lines costs more: it computes a tile again for its transpose.
+LOSS_HEX = ["0f" + struct.pack(">f", x).hex() for x in (0.5 / WIDTH, 0.5 * SHIFT / WIDTH, CAP / 2 * LOSS_LOG2E)]
+LOSS_PTX = tl.constexpr("{ .reg .f32 x, t, s0, s1; .reg .b32 i; " + "".join(
+    (f"and.b32 i, ${n // 2 + 6}, 0xffff0000; " if n % 2 else f"shl.b32 i, ${n // 2 + 6}, 16; ")
+    + f"mov.b32 x, i; fma.rn.ftz.f32 x, x, {LOSS_HEX[0]}, {LOSS_HEX[1]}; tanh.approx.f32 t, x; "
+    f"mul.rn.ftz.f32 x, t, {LOSS_HEX[2]}; ex2.approx.ftz.f32 ${n}, x; "
+    f"neg.f32 x, t; fma.rn.ftz.f32 x, x, t, 0f3F800000; mul.rn.ftz.f32 s{n % 2}, x, ${n}; "
+    + (f"cvt.rn.bf16x2.f32 ${n // 2 + 4}, s1, s0; " if n % 2 else "") for n in range(4)) + "}")
 
 
 @jit
@@ -909,81 +892,27 @@ def _loss_stored(grad, DTYPE: tl.constexpr, FAST: tl.constexpr):
 
 
 @jit
-def _loss_target(targets_ptr, prefix_ptr, rows, T, k: tl.constexpr, K: tl.constexpr):
-    """The k-th target of each row, or its prefix target where k = K; -1 where there is none."""
-    if k < K:
-        return tl.load(targets_ptr + rows + k, mask=rows + k < T, other=-1)
-    else:
+def _loss_target(targets_ptr, prefix_ptr, rows, T, k: tl.constexpr, TERMS: tl.constexpr):
+    """The target of each row's term k, the prefix target being the last; -1 where there is none."""
+    if prefix_ptr is not None and k == TERMS - 1:
         return tl.load(prefix_ptr + rows, mask=rows < T, other=-1)
+    else:
+        return tl.load(targets_ptr + rows + k, mask=rows + k < T, other=-1)
 
 
 @jit
-def _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, K: tl.constexpr, TERMS: tl.constexpr):
+def _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, TERMS: tl.constexpr):
     total = tl.zeros(rows.shape, tl.float32)
     for k in tl.static_range(TERMS):
-        total += tl.where(_loss_target(targets_ptr, prefix_ptr, rows, T, k, K) >= 0, tl.load(weights_ptr + k), 0.0)
+        found = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS) >= 0
+        total += tl.where(found, tl.load(weights_ptr + k), 0.0)
     return total
 
 
 @jit
-def _loss_load(logits_ptr, rows, cols, T, V, end, POLICY: tl.constexpr):
-    inside = (rows < T)[:, None] & (cols < end)[None, :]
-    offsets = rows.to(tl.int64)[:, None] * V + cols[None, :]  # 64 bits: T * V passes 2^31 at 43,000 rows of 50,304
-    return tl.load(logits_ptr + offsets, mask=inside, other=float("-inf"), eviction_policy=POLICY)
-
-
-@jit
-def _loss_add_sums(logits_ptr, totals_ptr, counts_ptr, rows, group, start, end, T, V, COLS: tl.constexpr,
-                   FAST: tl.constexpr):
-    """Adds a strip's sums to its rows' totals, then 1 to its group's count."""
-    total = tl.zeros(rows.shape, tl.float32)
-    for first in tl.range(start, end, COLS, num_stages=1):
-        cols = first + tl.arange(0, COLS)
-        power, _ = _loss_power_and_slope(_loss_load(logits_ptr, rows, cols, T, V, end, "evict_last"), FAST)
-        if not FAST:
-            power = tl.where((cols < end)[None, :], power, 0.0)
-        total += tl.sum(power, 1)
-    if FAST:  # cheaper than a mask: each column past the end added exp(-CAP / 2)
-        total -= (tl.cdiv(end - start, COLS) * COLS - (end - start)) * LOSS_FLOOR
-    # In float64, rounded to fp32 when read, so that the order of the additions hardly ever shows.
-    tl.atomic_add(totals_ptr + rows, total.to(tl.float64), mask=rows < T, sem="relaxed")
-    tl.debug_barrier()  # all threads' additions before the one release
-    tl.atomic_add(counts_ptr + group, 1, sem="release")
-
-
-@jit
-def _loss_write_gradient(
-    logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr,
-    rows, group, start, end, strips, T, V, grad_scale,
-    K: tl.constexpr, TERMS: tl.constexpr, BOTH: tl.constexpr, COLS: tl.constexpr, FAST: tl.constexpr
-):
-    """Writes a strip of the gradient, as if none of its entries were a target, once its rows' totals are complete."""
-    share = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, K, TERMS)
-    while tl.atomic_add(counts_ptr + group, 0, sem="acquire") < strips:
-        pass
-    total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0, cache_modifier=".cg").to(tl.float32)
-    share *= grad_scale * LOSS_STEEPNESS * 0.25 / total
-    for first in tl.range(start, end, COLS, num_stages=1):
-        cols = first + tl.arange(0, COLS)
-        _, grad = _loss_power_and_slope(_loss_load(logits_ptr, rows, cols, T, V, end, "evict_first"), FAST)
-        if FAST:  # to fp32
-            grad = tl.inline_asm_elementwise(
-                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [grad], tl.float32, True, 2)
-        grad = _loss_stored(grad * share[:, None], grad_ptr.dtype.element_ty, FAST)
-        inside = (rows < T)[:, None] & (cols < end)[None, :]
-        tl.store(grad_ptr + (rows.to(tl.int64)[:, None] * V + cols[None, :]), grad, mask=inside, cache_modifier=".cs")
-        if BOTH:
-            inside = (cols < end)[:, None] & (rows < T)[None, :]
-            offsets = cols.to(tl.int64)[:, None] * T + rows[None, :]
-            tl.store(grad_t_ptr + offsets, tl.trans(grad), mask=inside, cache_modifier=".cs")
-
-
-@jit
-def _loss_dense(
-    logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr, T, V, grad_scale,
-    K: tl.constexpr, TERMS: tl.constexpr, BOTH: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, STRIP: tl.constexpr, AHEAD: tl.constexpr
-):
+def _loss_dense(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr,
+                T, V, grad_scale, TERMS: tl.constexpr, BOTH: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
+                COLS: tl.constexpr, STRIP: tl.constexpr, AHEAD: tl.constexpr):
     """Sums and gradient in one launch, so that the logits the gradient reads again are still in the L2 cache."""
     # A strip is ROWS x STRIP. Even tickets sum, odd ones write the gradient AHEAD groups of rows later. Every sum that
     # a program waits for has a lower ticket, hence a program that has started: no order of programs can deadlock.
@@ -996,33 +925,60 @@ def _loss_dense(
     rows = group * ROWS + tl.arange(0, ROWS)
     if ticket % 2 == 0:
         if group * ROWS < T:
-            _loss_add_sums(logits_ptr, totals_ptr, counts_ptr, rows, group, start, end, T, V, COLS, FAST)
-    else:
-        if strip >= 0:
-            _loss_write_gradient(
-                logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr,
-                rows, group, start, end, strips, T, V, grad_scale, K, TERMS, BOTH, COLS, FAST)
+            total = tl.zeros([ROWS], tl.float32)
+            for first in tl.range(start, end, COLS, num_stages=1):
+                cols = first + tl.arange(0, COLS)
+                inside = (rows < T)[:, None] & (cols < end)[None, :]
+                at = rows.to(tl.int64)[:, None] * V + cols[None, :]  # T * V passes 2^31 at 43,000 rows of 50,304
+                logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf"), eviction_policy="evict_last")
+                power, _ = _loss_power_and_slope(logits, FAST)
+                total += tl.sum(power if FAST else tl.where((cols < end)[None, :], power, 0.0), 1)
+            if FAST:  # cheaper than a mask: each column past the end added exp(-CAP / 2)
+                total -= (tl.cdiv(end - start, COLS) * COLS - (end - start)) * LOSS_FLOOR
+            # In float64, rounded to fp32 when read, so that the order of the additions hardly ever shows.
+            tl.atomic_add(totals_ptr + rows, total.to(tl.float64), mask=rows < T, sem="relaxed")
+            tl.debug_barrier()  # all threads' additions before the one release
+            tl.atomic_add(counts_ptr + group, 1, sem="release")
+    elif strip >= 0:  # as if none of the entries were a target, once the rows' totals are complete
+        share = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, TERMS)
+        while tl.atomic_add(counts_ptr + group, 0, sem="acquire") < strips:
+            pass
+        total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0, cache_modifier=".cg").to(tl.float32)
+        share *= grad_scale * LOSS_STEEPNESS * 0.25 / total
+        for first in tl.range(start, end, COLS, num_stages=1):
+            cols = first + tl.arange(0, COLS)
+            inside = (rows < T)[:, None] & (cols < end)[None, :]
+            at = rows.to(tl.int64)[:, None] * V + cols[None, :]
+            logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf"), eviction_policy="evict_first")
+            _, grad = _loss_power_and_slope(logits, FAST)
+            if FAST:  # to fp32
+                grad = tl.inline_asm_elementwise(
+                    "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [grad], tl.float32, True, 2)
+            grad = _loss_stored(grad * share[:, None], grad_ptr.dtype.element_ty, FAST)
+            tl.store(grad_ptr + at, grad, mask=inside, cache_modifier=".cs")
+            if BOTH:
+                inside = (cols < end)[:, None] & (rows < T)[None, :]
+                at = cols.to(tl.int64)[:, None] * T + rows[None, :]
+                tl.store(grad_t_ptr + at, tl.trans(grad), mask=inside, cache_modifier=".cs")
 
 
 @jit
-def _loss_at_targets(
-    logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, losses_ptr, grad_ptr, grad_t_ptr, T, V, grad_scale,
-    K: tl.constexpr, TERMS: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr
-):
+def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, losses_ptr, grad_ptr, grad_t_ptr,
+                     T, V, grad_scale, TERMS: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr):
     """The losses, and over what _loss_dense wrote there, the gradient at the targets."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0).to(tl.float32) * LOSS_FLOOR  # of exp(z - CAP)
-    weight_sum = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, K, TERMS)
+    weight_sum = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, TERMS)
     loss = weight_sum * tl.log(total)
     for k in tl.static_range(TERMS):
-        target = _loss_target(targets_ptr, prefix_ptr, rows, T, k, K).to(tl.int64)
+        target = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS).to(tl.int64)
         found = target >= 0
         offsets = rows.to(tl.int64) * V + target
         sig, rest = _loss_sigmoid_and_rest(tl.load(logits_ptr + offsets, mask=found, other=0.0))
         loss += tl.where(found, tl.load(weights_ptr + k) * rest * LOSS_CAP, 0.0)
         weight = tl.zeros([ROWS], tl.float32)  # of all terms with this target; each of them writes the same
         for other in tl.static_range(TERMS):
-            same = _loss_target(targets_ptr, prefix_ptr, rows, T, other, K) == target
+            same = _loss_target(targets_ptr, prefix_ptr, rows, T, other, TERMS) == target
             weight += tl.where(same, tl.load(weights_ptr + other), 0.0)
         grad = (weight_sum * tl.exp2(rest * LOSS_DROP) / total - weight) * (grad_scale * LOSS_STEEPNESS) * sig * rest
         grad = _loss_stored(grad, grad_ptr.dtype.element_ty, False)
@@ -1032,43 +988,36 @@ def _loss_at_targets(
     tl.store(losses_ptr + rows, loss, mask=rows < T)
 
 
-@torch.library.custom_op("speedrun::softcapped_cross_entropy", mutates_args=())
-def softcapped_cross_entropy_kernel(
-    logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float, grad_dtype: torch.dtype,
-    prefix: Tensor | None = None, both_layouts: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, grad, grad_t) as defined above, by the kernels."""
-    _check_cross_entropy(logits, targets, weights, prefix)
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"logits are {logits.dtype}: convert them to bfloat16, float16 or float32.")
-    if grad_dtype not in KERNEL_GRAD_DTYPES:
-        raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {', '.join(map(str, KERNEL_GRAD_DTYPES))}.")
-    (tokens, vocab), terms = logits.shape, len(weights)
-    losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
+def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layouts=False) -> tuple:
     grad = torch.empty_like(logits, dtype=grad_dtype)
-    grad_t = grad.new_empty((vocab, tokens) if both_layouts else (0, 0))
-    shape = dict(K=terms - (prefix is not None), TERMS=terms, BOTH=both_layouts)
+    grad_t = grad.new_empty(logits.shape[::-1] if both_layouts else (0, 0))
+    return logits.new_empty(len(logits), dtype=torch.float32), grad, grad_t
+
+
+@torch.library.custom_op("speedrun::softcapped_cross_entropy", mutates_args=())
+def softcapped_cross_entropy_kernel(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
+                                    grad_dtype: torch.dtype, prefix: Tensor | None = None,
+                                    both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, grad, grad_t) as defined above, by the kernels."""
+    _check_cross_entropy(logits, targets, weights, prefix, *FLOATS)
+    if grad_dtype not in (*FLOATS, torch.float8_e5m2):
+        raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*FLOATS, torch.float8_e5m2)}.")
+    losses, grad, grad_t = _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix, both_layouts)
+    tokens, vocab = logits.shape
     rows, strip, ahead = 64, 256, 2  # 2 groups are 13 MB of logits, which the 60 MB of L2 hold beside the gradient
+    groups = triton.cdiv(tokens, rows)
     fast = logits.dtype == torch.bfloat16 and logits.is_cuda  # not in the interpreter, which runs no PTX
-    totals = torch.zeros(tokens, dtype=torch.float64, device=logits.device)
-    counts = torch.zeros(triton.cdiv(tokens, rows) + 1, dtype=torch.int32, device=logits.device)  # the last: tickets
-    inputs = logits, targets, prefix, weights, totals
-    programs = 2 * triton.cdiv(vocab, strip) * (triton.cdiv(tokens, rows) + ahead)
-    _loss_dense[(programs,)](
-        *inputs, counts, grad, grad_t, tokens, vocab, grad_scale, **shape, FAST=fast, ROWS=rows, COLS=128, STRIP=strip,
-        AHEAD=ahead, num_warps=8, maxnreg=64 if fast else None)  # 64 registers: 4 programs fit a multiprocessor
-    _loss_at_targets[(triton.cdiv(tokens, 128),)](
-        *inputs, losses, grad, grad_t, tokens, vocab, grad_scale, **shape, ROWS=128, num_warps=4)
+    totals = logits.new_zeros(tokens, dtype=torch.float64)
+    counts = logits.new_zeros(groups + 1, dtype=torch.int32)  # the last: tickets
+    inputs, outputs = (logits, targets, prefix, weights, totals), (grad, grad_t, tokens, vocab, grad_scale)
+    _loss_dense[(2 * triton.cdiv(vocab, strip) * (groups + ahead),)](
+        *inputs, counts, *outputs, len(weights), both_layouts, fast, rows, 128, strip, ahead,
+        num_warps=8, maxnreg=64 if fast else None)  # 64 registers: 4 programs fit a multiprocessor
+    _loss_at_targets[(triton.cdiv(tokens, 128),)](*inputs, losses, *outputs, len(weights), both_layouts, 128)
     return losses, grad, grad_t
 
 
-@softcapped_cross_entropy_kernel.register_fake
-def _(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layouts=False):
-    grad = torch.empty_like(logits, dtype=grad_dtype)
-    grad_t = grad.new_empty(logits.shape[::-1] if both_layouts else (0, 0))
-    return logits.new_empty(logits.shape[0], dtype=torch.float32), grad, grad_t
-
-
+softcapped_cross_entropy_kernel.register_fake(_loss_outputs)
 softcapped_cross_entropy = by_device(softcapped_cross_entropy_kernel, softcapped_cross_entropy_reference)
 
 
@@ -1105,37 +1054,31 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 POLAR_ROUNDS = tl.constexpr(POLAR_EXPRESS)
-MATRIX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _check_matrices(name: str, x: Tensor, dtypes: tuple, square: bool = False) -> None:
-    if x.ndim != 3 or 0 in x.shape or (square and x.shape[1] != x.shape[2]):
-        wanted = "(N, S, S)" if square else "(N, R, C)"
-        raise ValueError(f"{name} has shape {tuple(x.shape)}: pass {wanted}, none of them 0.")
-    if x.dtype not in dtypes:
-        raise ValueError(f"{name} is {x.dtype}: convert it to bfloat16, float16 or float32.")
-    if not x.is_contiguous():
-        raise ValueError(f"{name} has strides {x.stride()}, which is not row-major: call .contiguous() first.")
+def _check_matrices(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
+    fits = x.ndim == 3 and 0 not in x.shape and (name != "a" or x.shape[1] == x.shape[2])
+    _expect(name, x, fits, f"({'N, S, S' if name == 'a' else 'N, R, C'}), none of them 0", dtypes)
 
 
 @torch.no_grad()
 def gram_reference(x: Tensor) -> Tensor:
     """gram as defined above in plain PyTorch."""
-    _check_matrices("x", x, (*MATRIX_DTYPES, torch.float64))
+    _check_matrices("x", x, *FLOATS, torch.float64)
     return x.mT @ x if x.size(1) > x.size(2) else x @ x.mT
 
 
 @torch.no_grad()
 def gram_polynomial_reference(a: Tensor, b: float, c: float) -> Tensor:
     """gram_polynomial as defined above in plain PyTorch."""
-    _check_matrices("a", a, (*MATRIX_DTYPES, torch.float64), square=True)
+    _check_matrices("a", a, *FLOATS, torch.float64)
     return b * a + c * (a @ a.mT)
 
 
 @torch.no_grad()
 def orthogonalise_reference(g: Tensor) -> Tensor:
     """orthogonalise as defined above in plain PyTorch: singular values of at least 1e-3 ||g||_F go to about 1."""
-    _check_matrices("g", g, (*MATRIX_DTYPES, torch.float64))
+    _check_matrices("g", g, *FLOATS, torch.float64)
     x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = g.size(-2) > g.size(-1)
     for a, b, c in POLAR_EXPRESS:
@@ -1146,16 +1089,12 @@ def orthogonalise_reference(g: Tensor) -> Tensor:
 
 
 @jit
-def _symmetric_tile(
-    left_ptr, left_m, left_k,  # (M, K) and its strides
-    right_ptr, right_k, right_n,  # (K, L)
-    own_ptr, out_ptr,  # (M, L), row-major; own_ptr may be None
-    M, K, L, alpha, beta, diagonal, tile,
-    TRIANGLE: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, traces_ptr=None,
-):  # fmt: skip
-    """One tile of out = left right or, given own, of diagonal * 1 + beta * own + alpha * left right. TILE: BM rows, BN
-    columns (which divide BM), BK terms at a time, stages. TRIANGLE: out is symmetric, and counted are the tiles of the
-    BM x BM blocks on and below the diagonal; traces_ptr gets the trace in parts of BN. EVEN: no tile juts out."""
+def _symmetric_tile(left_ptr, left_m, left_k, right_ptr, right_k, right_n, own_ptr, out_ptr, M, K, L, alpha, beta,
+                    diagonal, tile, TRIANGLE: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, traces_ptr=None):
+    """One tile of out = left right or, given own, of diagonal * 1 + beta * own + alpha * left right. left (M, K) and
+    right (K, L) have these strides, own and out (M, L) are row-major. TILE: BM rows, BN columns (which divide BM), BK
+    terms at a time, stages. TRIANGLE: out is symmetric, and counted are the tiles of the BM x BM blocks on and below
+    the diagonal; traces_ptr gets the trace in parts of BN. EVEN: no tile juts out."""
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
     BK: tl.constexpr = TILE[2]
@@ -1169,21 +1108,17 @@ def _symmetric_tile(
         j = tile % tl.cdiv(L, BN)
     rows = i * BM + tl.arange(0, BM)[:, None]
     cols = j * BN + tl.arange(0, BN)[None, :]
-    left_ks = tl.arange(0, BK)[None, :]
-    right_ks = tl.arange(0, BK)[:, None]
-    left_ptrs = left_ptr + rows * left_m + left_ks * left_k
-    right_ptrs = right_ptr + right_ks * right_k + cols * right_n
+    ks = tl.arange(0, BK)
+    left_ptrs = left_ptr + rows * left_m + ks[None, :] * left_k
+    right_ptrs = right_ptr + ks[:, None] * right_k + cols * right_n
     inside = None if EVEN else (rows < M) & (cols < L)
+    other = None if EVEN else 0.0
     if own_ptr is not None:  # loaded before the sum, which hides its latency
         own = tl.load(own_ptr + rows * L + cols, mask=inside)
     acc = tl.zeros([BM, BN], tl.float32)
     for k in tl.range(0, K, BK, num_stages=TILE[3]):
-        if EVEN:
-            left = tl.load(left_ptrs)
-            right = tl.load(right_ptrs)
-        else:
-            left = tl.load(left_ptrs, mask=(rows < M) & (left_ks < K - k), other=0.0)
-            right = tl.load(right_ptrs, mask=(right_ks < K - k) & (cols < L), other=0.0)
+        left = tl.load(left_ptrs, None if EVEN else (rows < M) & (ks[None, :] < K - k), other)
+        right = tl.load(right_ptrs, None if EVEN else (ks[:, None] < K - k) & (cols < L), other)
         acc = tl.dot(left, right, acc, input_precision="ieee")
         left_ptrs += BK * left_k
         right_ptrs += BK * right_k
@@ -1191,37 +1126,29 @@ def _symmetric_tile(
         acc = alpha * acc + beta * own.to(tl.float32) + tl.where(rows == cols, diagonal, 0.0)
     value = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows * L + cols, value, mask=inside)
-    if TRIANGLE:
-        if (j + 1) * BN <= i * BM:  # below the diagonal's blocks, all of whose tiles are computed
-            above = None if EVEN else tl.trans(inside)
-            tl.store(out_ptr + tl.trans(cols) * L + tl.trans(rows), tl.trans(value), mask=above)
-        elif traces_ptr is not None:
-            if j * BN < L:
-                tl.store(traces_ptr + j, tl.sum(tl.where(rows == cols, acc, 0.0)))
+    if TRIANGLE and (j + 1) * BN <= i * BM:  # below the diagonal's blocks, all of whose tiles are computed
+        above = None if EVEN else tl.trans(inside)
+        tl.store(out_ptr + tl.trans(cols) * L + tl.trans(rows), tl.trans(value), mask=above)
+    elif traces_ptr is not None and j * BN < L:
+        tl.store(traces_ptr + j, tl.sum(tl.where(rows == cols, acc, 0.0)))
 
 
 @jit
-def _symmetric_product(
-    x_ptr, out_ptr, R, C, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _symmetric_product(x_ptr, out_ptr, R, C, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr, EVEN: tl.constexpr,
+                       TILE: tl.constexpr):
     """gram, or gram_polynomial where POLYNOMIAL, one program per tile and matrix."""
-    tile = tl.program_id(0)
-    n = tl.program_id(1).to(tl.int64)
-    x_ptr += n * R * C
-    if TALL:
-        _symmetric_tile(x_ptr, 1, C, x_ptr, C, 1, None, out_ptr + n * C * C, C, R, C, c, b, 0.0, tile, True, EVEN, TILE)
-    else:
-        own_ptr = x_ptr if POLYNOMIAL else None
-        out_ptr += n * R * R
-        _symmetric_tile(x_ptr, C, 1, x_ptr, 1, C, own_ptr, out_ptr, R, C, R, c, b, 0.0, tile, True, EVEN, TILE)
+    S, K = (C, R) if TALL else (R, C)
+    m, k = (1, C) if TALL else (C, 1)
+    x_ptr += tl.program_id(1).to(tl.int64) * R * C
+    out_ptr += tl.program_id(1).to(tl.int64) * S * S
+    _symmetric_tile(x_ptr, m, k, x_ptr, k, m, x_ptr if POLYNOMIAL else None, out_ptr, S, K, S, c, b, 0.0,
+                    tl.program_id(0), True, EVEN, TILE)
 
 
 @jit
 def _polar_factors(round, traces_ptr, count, SLOTS: tl.constexpr):
     """a, b, c of a round; those of the first one make up for the scale that g was not divided by."""
-    a = POLAR_ROUNDS[0][0]
-    b = POLAR_ROUNDS[0][1]
-    c = POLAR_ROUNDS[0][2]
+    a, b, c = POLAR_ROUNDS[0][0], POLAR_ROUNDS[0][1], POLAR_ROUNDS[0][2]
     for r in tl.static_range(1, 5):
         a = tl.where(round == r, POLAR_ROUNDS[r][0], a)
         b = tl.where(round == r, POLAR_ROUNDS[r][1], b)
@@ -1229,10 +1156,8 @@ def _polar_factors(round, traces_ptr, count, SLOTS: tl.constexpr):
     if round == 0:
         slots = tl.arange(0, SLOTS)
         scale = 1.0 / (1.02 * tl.sqrt(tl.sum(tl.load(traces_ptr + slots, mask=slots < count, other=0.0))) + 1e-6)
-        a *= scale
-        b *= scale * scale * scale
-        c *= scale * scale * scale
-        c *= scale * scale
+        cube = scale * scale * scale
+        a, b, c = a * scale, b * cube, c * cube * (scale * scale)
     return a, b, c
 
 
@@ -1243,13 +1168,6 @@ def _triangle_tiles(S, TILE: tl.constexpr):
 
 
 @jit
-def _symmetric_wait(done_ptr, needed):
-    while tl.atomic_add(done_ptr, 0, sem="acquire") < needed:
-        pass
-    tl.debug_barrier()
-
-
-@jit
 def _orthogonalise(g_ptr, out_ptr, work_ptr, counts_ptr, N, R, C, TALL: tl.constexpr, EVEN: tl.constexpr,
                    SLOTS: tl.constexpr, GRAM_TILE: tl.constexpr, STEP_TILE: tl.constexpr, X_TILE: tl.constexpr):
     """Programs take tiles from one list, all products of all matrices, and wait until what a tile needs is there.
@@ -1257,7 +1175,8 @@ def _orthogonalise(g_ptr, out_ptr, work_ptr, counts_ptr, N, R, C, TALL: tl.const
     the next item, (N,) finished tiles of each matrix, (N, SLOTS) traces, as fp32."""
     # A tile needs the whole product before it, of the same matrix, all of which stands before it in the list: so the
     # first unfinished tile of the list never waits, and however few programs run at once, they come to an end.
-    S = C if TALL else R
+    S, K = (C, R) if TALL else (R, C)
+    m, k = (1, C) if TALL else (C, 1)
     gram_tiles = _triangle_tiles(S, GRAM_TILE)
     step_tiles = _triangle_tiles(S, STEP_TILE)
     x_tiles = tl.cdiv(R, X_TILE[0]) * tl.cdiv(C, X_TILE[1])
@@ -1269,43 +1188,36 @@ def _orthogonalise(g_ptr, out_ptr, work_ptr, counts_ptr, N, R, C, TALL: tl.const
         tile = item % (N * tiles)
         before, here = 0, gram_tiles  # this matrix's tiles in this round before this product, and of it
         if tile >= N * (gram_tiles + step_tiles):
-            before = gram_tiles + step_tiles
-            here = x_tiles
+            before, here = gram_tiles + step_tiles, x_tiles
         elif tile >= N * gram_tiles:
-            before = gram_tiles
-            here = step_tiles
+            before, here = gram_tiles, step_tiles
         n = (tile - N * before) // here
         tile = (tile - N * before) % here
         done_ptr = counts_ptr + 1 + n
         needed = round * tiles + before
         if needed * N + n != seen:
-            _symmetric_wait(done_ptr, needed)
+            while tl.atomic_add(done_ptr, 0, sem="acquire") < needed:
+                pass
+            tl.debug_barrier()
             seen = needed * N + n
         start = n.to(tl.int64) * (R * C)
         other = work_ptr + n.to(tl.int64) * (R * C + 2 * S * S)
         gram = other + R * C
         step = gram + S * S
-        old = other
-        new = out_ptr + start
+        old, new = other, out_ptr + start
         if round % 2 == 1:
-            old = new
-            new = other
+            old, new = new, other
         elif round == 0:
             old = g_ptr + start
         traces_ptr = (counts_ptr + 1 + N).to(tl.pointer_type(tl.float32)) + n * SLOTS
         if before == 0:
-            if TALL:
-                _symmetric_tile(old, 1, C, old, C, 1, None, gram, S, R, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE,
-                                traces_ptr)
-            else:
-                _symmetric_tile(old, C, 1, old, 1, C, None, gram, S, C, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE,
-                                traces_ptr)
+            _symmetric_tile(old, m, k, old, k, m, None, gram, S, K, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE,
+                            traces_ptr)
         elif before == gram_tiles:
             a, b, c = _polar_factors(round, traces_ptr, tl.cdiv(S, GRAM_TILE[1]), SLOTS)
             _symmetric_tile(gram, S, 1, gram, 1, S, gram, step, S, S, S, c, b, a, tile, True, EVEN, STEP_TILE)
         else:
-            left = old if TALL else step
-            right = step if TALL else old
+            left, right = (old, step) if TALL else (step, old)
             _symmetric_tile(left, S, 1, right, C, 1, None, new, R, S, C, 1.0, 0.0, 0.0, tile, False, EVEN, X_TILE)
         item = tl.atomic_add(counts_ptr, 1, sem="relaxed")  # before the arrival: the stores land meanwhile
         tl.debug_barrier()  # all stores of this program come before its arrival
@@ -1319,9 +1231,7 @@ def _symmetric_plan(x: Tensor) -> tuple:
         return (32, 16, 32, 2), (32, 32, 32, 2), (32, 32, 32, 2), 4
     if short <= 256:
         return (64, 32, 128, 5), (64, 64, 64, 4), (64, 128, 64, 4), 4
-    if longer <= 1024:
-        return (128, 64, 64, 5), (128, 64, 64, 5), (128, 64, 64, 6), 8
-    return (128, 64, 64, 5), (128, 64, 64, 5), (128, 128, 64, 4), 8
+    return (128, 64, 64, 5), (128, 64, 64, 5), (128, 64, 64, 6) if longer <= 1024 else (128, 128, 64, 4), 8
 
 
 def _symmetric_even(x: Tensor, *tiles: tuple) -> bool:
@@ -1329,27 +1239,31 @@ def _symmetric_even(x: Tensor, *tiles: tuple) -> bool:
 
 
 def _run_symmetric_product(x: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
+    _check_matrices("a" if polynomial else "x", x, *FLOATS)
     (count, rows, cols), (tile, _, _, warps) = x.shape, _symmetric_plan(x)
     out = x.new_empty(count, min(rows, cols), min(rows, cols))
     blocks = triton.cdiv(min(rows, cols), tile[0])
     _symmetric_product[(tile[0] // tile[1] * (blocks * (blocks + 1) // 2), count)](
-        x, out, rows, cols, b, c, polynomial, rows > cols, _symmetric_even(x, tile), tile, num_warps=warps
-    )
+        x, out, rows, cols, b, c, polynomial, rows > cols, _symmetric_even(x, tile), tile, num_warps=warps)
     return out
 
 
-def _run_gram(x: Tensor) -> Tensor:
-    _check_matrices("x", x, MATRIX_DTYPES)
+@torch.library.custom_op("speedrun::gram", mutates_args=())
+def gram_kernel(x: Tensor) -> Tensor:
+    """gram as defined above, by the kernel."""
     return _run_symmetric_product(x, 0.0, 1.0, False)
 
 
-def _run_gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
-    _check_matrices("a", a, MATRIX_DTYPES, square=True)
+@torch.library.custom_op("speedrun::gram_polynomial", mutates_args=())
+def gram_polynomial_kernel(a: Tensor, b: float, c: float) -> Tensor:
+    """gram_polynomial as defined above, by the kernel."""
     return _run_symmetric_product(a, b, c, True)
 
 
-def _run_orthogonalise(g: Tensor) -> Tensor:
-    _check_matrices("g", g, MATRIX_DTYPES)
+@torch.library.custom_op("speedrun::orthogonalise", mutates_args=())
+def orthogonalise_kernel(g: Tensor) -> Tensor:
+    """orthogonalise as defined above, by the kernel."""
+    _check_matrices("g", g, *FLOATS)
     (count, rows, cols), (gram, step, x, warps) = g.shape, _symmetric_plan(g)
     if g.is_cuda and (rows % 16 or cols % 16):  # unaligned tall matrices came out as NaN on an H200, cause not found
         return orthogonalise_reference(g)
@@ -1357,21 +1271,14 @@ def _run_orthogonalise(g: Tensor) -> Tensor:
     out, work = torch.empty_like(g), g.new_empty(count, rows * cols + 2 * short * short)
     counts = g.new_zeros(1 + count * (1 + slots), dtype=torch.int32)
     programs = torch.cuda.get_device_properties(g.device).multi_processor_count if g.is_cuda else 3
-    _orthogonalise[(programs,)](
-        g, out, work, counts, count, rows, cols, rows > cols, _symmetric_even(g, gram, step, x), slots, gram, step, x,
-        num_warps=warps,
-    )  # fmt: skip
+    _orthogonalise[(programs,)](g, out, work, counts, count, rows, cols, rows > cols,
+                                _symmetric_even(g, gram, step, x), slots, gram, step, x, num_warps=warps)
     return out
 
 
-gram_kernel = torch.library.custom_op("speedrun::gram", _run_gram, mutates_args=())
-gram_polynomial_kernel = torch.library.custom_op("speedrun::gram_polynomial", _run_gram_polynomial, mutates_args=())
-orthogonalise_kernel = torch.library.custom_op("speedrun::orthogonalise", _run_orthogonalise, mutates_args=())
 gram_kernel.register_fake(lambda x: x.new_empty(x.shape[0], min(x.shape[1:]), min(x.shape[1:])))
 gram_polynomial_kernel.register_fake(lambda a, b, c: torch.empty_like(a))
 orthogonalise_kernel.register_fake(lambda g: torch.empty_like(g))
-
-
 # In bf16 only: fp16 is for the tests, very small matrices overflow in it.
 gram = by_device(gram_kernel, gram_reference, torch.bfloat16)
 gram_polynomial = by_device(gram_polynomial_kernel, gram_polynomial_reference, torch.bfloat16)

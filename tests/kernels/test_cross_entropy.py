@@ -342,20 +342,21 @@ def test_cpu_takes_the_reference():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logits": torch.zeros(2, 4, 5)}, r"shape \(2, 4, 5\).*contiguous \(T, V\)"),
-        ({"logits": torch.zeros(5, 4).T}, r"strides \(1, 4\).*contiguous"),
-        ({"logits": torch.zeros(0, 5), "targets": torch.zeros(0, dtype=torch.int64)}, r"shape \(0, 5\)"),
-        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets are torch.int64 of shape \(3,\).*shape \(4,\)"),
-        ({"targets": torch.zeros(4)}, r"targets are torch.float32 of shape.*int32 or int64"),
-        ({"prefix": torch.zeros(3, dtype=torch.int64)}, r"prefix are torch.int64 of shape \(3,\).*shape \(4,\)"),
-        ({"prefix": torch.zeros(4, dtype=torch.int16)}, r"prefix are torch.int16 of shape.*int32 or int64"),
-        ({"weights": torch.zeros(0)}, r"weights are torch.float32 of shape \(0,\).*K <= 4"),
-        ({"weights": torch.zeros(5)}, r"weights are torch.float32 of shape \(5,\).*K <= 4"),
+        ({"logits": torch.zeros(4, 5, dtype=torch.int32)}, r"logits must be .*torch.float64, not torch.int32"),
+        ({"logits": torch.zeros(2, 4, 5)}, r"logits must be \(T, V\).* shape \(2, 4, 5\)"),
+        ({"logits": torch.zeros(5, 4).T}, r"logits must be .*contiguous.* strides \(1, 4\)"),
+        ({"logits": torch.zeros(0, 5), "targets": torch.zeros(0, dtype=torch.int64)}, r"neither of them 0.* shape \(0, 5\)"),
+        ({"targets": torch.zeros(3, dtype=torch.int64)}, r"targets must be \(4,\), .* shape \(3,\)"),
+        ({"targets": torch.zeros(4)}, r"targets must be .*int32 or torch.int64, not torch.float32"),
+        ({"prefix": torch.zeros(3, dtype=torch.int64)}, r"prefix must be \(4,\), .* shape \(3,\)"),
+        ({"prefix": torch.zeros(4, dtype=torch.int16)}, r"prefix must be .*int32 or torch.int64, not torch.int16"),
+        ({"weights": torch.zeros(0)}, r"weights must be .*K <= 4.* shape \(0,\)"),
+        ({"weights": torch.zeros(5)}, r"weights must be .*K <= 4.* shape \(5,\)"),
         ({"weights": torch.zeros(1), "prefix": torch.zeros(4, dtype=torch.int64)},
-         r"weights are torch.float32 of shape \(1,\).*one more"),
-        ({"weights": torch.zeros(2, dtype=F64)}, r"weights are torch.float64 of shape.*float32"),
-        ({"weights": torch.zeros(2, device="meta")}, r"on cpu, cpu, meta: move"),
-        ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, r"are on cpu, meta, cpu: move"),
+         r"weights must be .*with prefix \(K \+ 1,\).* shape \(1,\)"),
+        ({"weights": torch.zeros(2, dtype=F64)}, r"weights must be .*torch.float32, not torch.float64"),
+        ({"weights": torch.zeros(2, device="meta")}, r"weights must be .*on cpu.* on meta"),
+        ({"targets": torch.zeros(4, dtype=torch.int64, device="meta")}, r"targets must be .*on cpu.* on meta"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
@@ -367,7 +368,7 @@ def test_wrong_arguments_are_named(change, message):
 @runs_kernel
 def test_kernel_names_wrong_dtypes():
     logits, targets, weights, _ = inputs(3, 20, 2, F64, DEVICE)
-    with pytest.raises(ValueError, match="logits are torch.float64: convert"):
+    with pytest.raises(ValueError, match="logits must be .*torch.float32, not torch.float64"):
         tk.softcapped_cross_entropy_kernel(logits, targets, weights, 1.0, F32)
     with pytest.raises(ValueError, match="grad_dtype is torch.float64: pass one of"):
         tk.softcapped_cross_entropy_kernel(logits.float(), targets, weights, 1.0, F64)
