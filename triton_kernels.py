@@ -786,7 +786,7 @@ E5M2_MAX = 57344.0  # the largest finite float8_e5m2; a cast alone would make la
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _expect(name: str, x: Tensor, fits: bool, wanted: str, dtypes: tuple, device: torch.device | None = None) -> None:
+def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: tuple, device=None) -> None:
     """ValueError, with all that x should be and is, unless it fits, is contiguous, of these dtypes and on device."""
     device = device or x.device
     if not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == device):
@@ -800,8 +800,8 @@ def _check_cross_entropy(logits, targets, weights, prefix, *dtypes: torch.dtype)
     _expect("weights", weights, weights.ndim == 1 and 1 <= terms <= MAX_TARGETS, f"(K,), 1 <= K <= {MAX_TARGETS}, or "
             "with prefix (K + 1,), its weight the last", (torch.float32,), logits.device)
     for name, index in (("targets", targets), ("prefix", targets if prefix is None else prefix)):
-        _expect(name, index, index.shape == logits.shape[:1], f"({len(logits)},), a token for each row of logits",
-                (torch.int32, torch.int64), logits.device)
+        _expect(f"{name}, one for each row of logits,", index, index.shape == logits.shape[:1],
+                tuple(logits.shape[:1]), (torch.int32, torch.int64), logits.device)
 
 
 @torch.no_grad()
@@ -815,10 +815,8 @@ def softcapped_cross_entropy_reference(logits: Tensor, targets: Tensor, weights:
     index = F.pad(targets.long(), (0, terms - 1), value=-1).unfold(0, terms, 1)  # (T, K)
     if prefix is not None:
         index = torch.cat([index, prefix.long()[:, None]], 1)
-    weight = weights.to(dtype) * (index >= 0)  # 0 where there is no target
-    index = index.clamp(min=0)
-    losses = torch.empty(tokens, dtype=dtype, device=logits.device)
-    grad = torch.empty_like(logits, dtype=grad_dtype)
+    weight, index = weights.to(dtype) * (index >= 0), index.clamp(min=0)  # weight 0 where there is no target
+    losses, grad = logits.new_empty(tokens, dtype=dtype), torch.empty_like(logits, dtype=grad_dtype)
     # Eager on a CPU, a few rows at a time: page faults of full-size temporaries cost more than all the arithmetic.
     # A GPU prefers few launches, and torch.compile, which would unroll the loop, fuses the passes itself.
     in_parts = logits.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -901,11 +899,12 @@ def _loss_target(targets_ptr, prefix_ptr, rows, T, k: tl.constexpr, TERMS: tl.co
 
 
 @jit
-def _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, TERMS: tl.constexpr):
+def _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, target, TERMS: tl.constexpr):
+    """The sum of the weights of each row's terms that have this target, or, where it is None, any."""
     total = tl.zeros(rows.shape, tl.float32)
     for k in tl.static_range(TERMS):
-        found = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS) >= 0
-        total += tl.where(found, tl.load(weights_ptr + k), 0.0)
+        other = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS)
+        total += tl.where(other >= 0 if target is None else other == target, tl.load(weights_ptr + k), 0.0)
     return total
 
 
@@ -940,7 +939,7 @@ def _loss_dense(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, co
             tl.debug_barrier()  # all threads' additions before the one release
             tl.atomic_add(counts_ptr + group, 1, sem="release")
     elif strip >= 0:  # as if none of the entries were a target, once the rows' totals are complete
-        share = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, TERMS)
+        share = _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, None, TERMS)
         while tl.atomic_add(counts_ptr + group, 0, sem="acquire") < strips:
             pass
         total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0, cache_modifier=".cg").to(tl.float32)
@@ -968,7 +967,7 @@ def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_pt
     """The losses, and over what _loss_dense wrote there, the gradient at the targets."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0).to(tl.float32) * LOSS_FLOOR  # of exp(z - CAP)
-    weight_sum = _loss_weight_sum(targets_ptr, prefix_ptr, weights_ptr, rows, T, TERMS)
+    weight_sum = _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, None, TERMS)
     loss = weight_sum * tl.log(total)
     for k in tl.static_range(TERMS):
         target = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS).to(tl.int64)
@@ -976,10 +975,8 @@ def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_pt
         offsets = rows.to(tl.int64) * V + target
         sig, rest = _loss_sigmoid_and_rest(tl.load(logits_ptr + offsets, mask=found, other=0.0))
         loss += tl.where(found, tl.load(weights_ptr + k) * rest * LOSS_CAP, 0.0)
-        weight = tl.zeros([ROWS], tl.float32)  # of all terms with this target; each of them writes the same
-        for other in tl.static_range(TERMS):
-            same = _loss_target(targets_ptr, prefix_ptr, rows, T, other, TERMS) == target
-            weight += tl.where(same, tl.load(weights_ptr + other), 0.0)
+        # All of a row's terms with this target write the same.
+        weight = _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, target, TERMS)
         grad = (weight_sum * tl.exp2(rest * LOSS_DROP) / total - weight) * (grad_scale * LOSS_STEEPNESS) * sig * rest
         grad = _loss_stored(grad, grad_ptr.dtype.element_ty, False)
         tl.store(grad_ptr + offsets, grad, mask=found)
@@ -991,7 +988,7 @@ def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_pt
 def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layouts=False) -> tuple:
     grad = torch.empty_like(logits, dtype=grad_dtype)
     grad_t = grad.new_empty(logits.shape[::-1] if both_layouts else (0, 0))
-    return logits.new_empty(len(logits), dtype=torch.float32), grad, grad_t
+    return logits.new_empty(logits.shape[0], dtype=torch.float32), grad, grad_t
 
 
 @torch.library.custom_op("speedrun::softcapped_cross_entropy", mutates_args=())
@@ -1003,9 +1000,8 @@ def softcapped_cross_entropy_kernel(logits: Tensor, targets: Tensor, weights: Te
     if grad_dtype not in (*FLOATS, torch.float8_e5m2):
         raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*FLOATS, torch.float8_e5m2)}.")
     losses, grad, grad_t = _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix, both_layouts)
-    tokens, vocab = logits.shape
     rows, strip, ahead = 64, 256, 2  # 2 groups are 13 MB of logits, which the 60 MB of L2 hold beside the gradient
-    groups = triton.cdiv(tokens, rows)
+    (tokens, vocab), groups = logits.shape, triton.cdiv(len(logits), rows)
     fast = logits.dtype == torch.bfloat16 and logits.is_cuda  # not in the interpreter, which runs no PTX
     totals = logits.new_zeros(tokens, dtype=torch.float64)
     counts = logits.new_zeros(groups + 1, dtype=torch.int32)  # the last: tickets
@@ -1040,10 +1036,9 @@ def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tens
 # a       (N, S, S)  likewise
 # results of the arguments' dtype; sums in fp32, and gram, step and x are rounded to that dtype between the products
 #
-# Only tiles on and below the diagonal of a symmetric product are computed; each is stored twice. ||g||^2 is the trace
-# of the first Gram matrix, that of g itself, and the first step makes up for the scale: so ||g||_F must be below 1e9.
-# Nothing here is differentiable. A shape, layout or dtype not listed here raises ValueError.
-#
+# Of a symmetric product only the tiles on and below the diagonal are computed, each stored twice. ||g||^2 is the trace
+# of g's own Gram matrix, and the first step makes up for the scale: so ||g||_F must be below 1e9. Nothing here is
+# differentiable. A shape, layout or dtype not listed here raises ValueError.
 # Sources: Muon (K. Jordan et al. 2024); Polar Express (arXiv 2505.16932), five rounds, safety factor 1.02.
 
 POLAR_EXPRESS = (
@@ -1104,8 +1099,7 @@ def _symmetric_tile(left_ptr, left_m, left_k, right_ptr, right_k, right_n, own_p
         i = tl.where((i + 1) * (i + 2) // 2 <= block, i + 1, i)  # should the root have been rounded down
         j = tile - (BM // BN) * (i * (i + 1) // 2)
     else:
-        i = tile // tl.cdiv(L, BN)
-        j = tile % tl.cdiv(L, BN)
+        i, j = tile // tl.cdiv(L, BN), tile % tl.cdiv(L, BN)
     rows = i * BM + tl.arange(0, BM)[:, None]
     cols = j * BN + tl.arange(0, BN)[None, :]
     ks = tl.arange(0, BK)
@@ -1184,15 +1178,13 @@ def _orthogonalise(g_ptr, out_ptr, work_ptr, counts_ptr, N, R, C, TALL: tl.const
     seen = -1
     item = tl.atomic_add(counts_ptr, 1, sem="relaxed")
     while item < 5 * N * tiles:
-        round = item // (N * tiles)
-        tile = item % (N * tiles)
+        round, tile = item // (N * tiles), item % (N * tiles)
         before, here = 0, gram_tiles  # this matrix's tiles in this round before this product, and of it
         if tile >= N * (gram_tiles + step_tiles):
             before, here = gram_tiles + step_tiles, x_tiles
         elif tile >= N * gram_tiles:
             before, here = gram_tiles, step_tiles
-        n = (tile - N * before) // here
-        tile = (tile - N * before) % here
+        n, tile = (tile - N * before) // here, (tile - N * before) % here
         done_ptr = counts_ptr + 1 + n
         needed = round * tiles + before
         if needed * N + n != seen:
@@ -1234,30 +1226,14 @@ def _symmetric_plan(x: Tensor) -> tuple:
     return (128, 64, 64, 5), (128, 64, 64, 5), (128, 64, 64, 6) if longer <= 1024 else (128, 128, 64, 4), 8
 
 
-def _symmetric_even(x: Tensor, *tiles: tuple) -> bool:
-    return all(size % side == 0 for size in x.shape[1:] for tile in tiles for side in tile[:3])
-
-
-def _run_symmetric_product(x: Tensor, b: float, c: float, polynomial: bool) -> Tensor:
+def _run_symmetric_product(x: Tensor, b: float = 0.0, c: float = 1.0, polynomial: bool = False) -> Tensor:
     _check_matrices("a" if polynomial else "x", x, *FLOATS)
     (count, rows, cols), (tile, _, _, warps) = x.shape, _symmetric_plan(x)
-    out = x.new_empty(count, min(rows, cols), min(rows, cols))
-    blocks = triton.cdiv(min(rows, cols), tile[0])
+    out, blocks = x.new_empty(count, min(rows, cols), min(rows, cols)), triton.cdiv(min(rows, cols), tile[0])
+    even = all(size % side == 0 for size in (rows, cols) for side in tile[:3])
     _symmetric_product[(tile[0] // tile[1] * (blocks * (blocks + 1) // 2), count)](
-        x, out, rows, cols, b, c, polynomial, rows > cols, _symmetric_even(x, tile), tile, num_warps=warps)
+        x, out, rows, cols, b, c, polynomial, rows > cols, even, tile, num_warps=warps)
     return out
-
-
-@torch.library.custom_op("speedrun::gram", mutates_args=())
-def gram_kernel(x: Tensor) -> Tensor:
-    """gram as defined above, by the kernel."""
-    return _run_symmetric_product(x, 0.0, 1.0, False)
-
-
-@torch.library.custom_op("speedrun::gram_polynomial", mutates_args=())
-def gram_polynomial_kernel(a: Tensor, b: float, c: float) -> Tensor:
-    """gram_polynomial as defined above, by the kernel."""
-    return _run_symmetric_product(a, b, c, True)
 
 
 @torch.library.custom_op("speedrun::orthogonalise", mutates_args=())
@@ -1271,14 +1247,20 @@ def orthogonalise_kernel(g: Tensor) -> Tensor:
     out, work = torch.empty_like(g), g.new_empty(count, rows * cols + 2 * short * short)
     counts = g.new_zeros(1 + count * (1 + slots), dtype=torch.int32)
     programs = torch.cuda.get_device_properties(g.device).multi_processor_count if g.is_cuda else 3
-    _orthogonalise[(programs,)](g, out, work, counts, count, rows, cols, rows > cols,
-                                _symmetric_even(g, gram, step, x), slots, gram, step, x, num_warps=warps)
+    even = all(size % side == 0 for size in (rows, cols) for tile in (gram, step, x) for side in tile[:3])
+    _orthogonalise[(programs,)](g, out, work, counts, count, rows, cols, rows > cols, even, slots, gram, step, x,
+                                num_warps=warps)
     return out
 
 
+gram_kernel = torch.library.custom_op("speedrun::gram", _run_symmetric_product, mutates_args=(),
+                                      schema="(Tensor x) -> Tensor")
+gram_polynomial_kernel = torch.library.custom_op(
+    "speedrun::gram_polynomial", functools.partial(_run_symmetric_product, polynomial=True), mutates_args=(),
+    schema="(Tensor a, float b, float c) -> Tensor")
 gram_kernel.register_fake(lambda x: x.new_empty(x.shape[0], min(x.shape[1:]), min(x.shape[1:])))
 gram_polynomial_kernel.register_fake(lambda a, b, c: torch.empty_like(a))
-orthogonalise_kernel.register_fake(lambda g: torch.empty_like(g))
+orthogonalise_kernel.register_fake(torch.empty_like)
 # In bf16 only: fp16 is for the tests, very small matrices overflow in it.
 gram = by_device(gram_kernel, gram_reference, torch.bfloat16)
 gram_polynomial = by_device(gram_polynomial_kernel, gram_polynomial_reference, torch.bfloat16)
