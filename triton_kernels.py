@@ -1349,7 +1349,7 @@ orthogonalise = by_device(orthogonalise_kernel, orthogonalise_reference, torch.b
 # src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
 # out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src
 # x     (M, N) or (B, M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
-# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2; None with rows=False or columns=False
+# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2; empty with rows=False or columns=False
 # scale ()  or, with a batch, (B,): fp32, in the device's memory      amax  () or (B,) fp32; NaN where x has one
 #
 # None of the three is differentiable.
@@ -1392,12 +1392,13 @@ def transpose_add_reference_(dst: Tensor, src: Tensor) -> Tensor:
 
 
 def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
-                                 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+                                 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, q_t, amax) as defined above in plain PyTorch."""
     _check_quantize(x, scale, dtype)
     scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / scale).expand(x.shape[:-2])[..., None, None]
     q = scaled.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    return q if rows else None, q.mT.contiguous() if columns else None, x.abs().amax((-2, -1)).float()
+    empty = q.new_empty(0)
+    return q if rows else empty, q.mT.contiguous() if columns else empty, x.abs().amax((-2, -1)).float()
 
 
 @jit
@@ -1486,15 +1487,10 @@ def transpose_add_kernel_(dst: Tensor, src: Tensor) -> None:
     _turn(src, dst, 1, True)
 
 
-def _quantize_outputs(x, scale, dtype, rows, columns):
-    q, q_t = (x.new_empty(y.shape if wanted else 0, dtype=dtype) for y, wanted in ((x, rows), (x.mT, columns)))
-    return q, q_t, x.new_zeros(x.shape[:-2], dtype=torch.float32)
-
-
 @torch.library.custom_op("speedrun::quantize_transpose", mutates_args=())
-def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool
+def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
                               ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, q_t, amax) as defined above, by the kernel; empty where not asked for."""
+    """(q, q_t, amax) as defined above, by the kernel."""
     _check_quantize(x, scale, dtype)
     _check_turn("x", x, x.shape, (torch.bfloat16, torch.float16, torch.float32))
     q, q_t, amax = _quantize_outputs(x, scale, dtype, rows, columns)
@@ -1508,27 +1504,15 @@ def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows
     return q, q_t, amax
 
 
-quantize_transpose_kernel.register_fake(_quantize_outputs)
+@quantize_transpose_kernel.register_fake
+def _quantize_outputs(x, scale, dtype, rows=True, columns=True):
+    q, q_t = (x.new_empty(y.shape if wanted else 0, dtype=dtype) for y, wanted in ((x, rows), (x.mT, columns)))
+    return q, q_t, x.new_zeros(x.shape[:-2], dtype=torch.float32)
 
 
 transpose_copy = by_device(transpose_copy_kernel, transpose_copy_reference)
-
-
-@torch.no_grad()
-def transpose_add_(dst: Tensor, src: Tensor) -> Tensor:
-    """dst += src' as defined above, returns dst: by the kernel on a GPU, by the reference elsewhere."""
-    (transpose_add_kernel_ if kernels_available(dst.device) else transpose_add_reference_)(dst, src)
-    return dst
-
-
-@torch.no_grad()
-def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
-                       ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(q, q_t, amax) as defined above: by the kernel on a GPU, by the reference elsewhere."""
-    if not kernels_available(x.device):
-        return quantize_transpose_reference(x, scale, dtype, rows, columns)
-    q, q_t, amax = quantize_transpose_kernel(x, scale, dtype, rows, columns)
-    return q if rows else None, q_t if columns else None, amax
+transpose_add_ = by_device(lambda dst, src: transpose_add_kernel_(dst, src) or dst, transpose_add_reference_)
+quantize_transpose = by_device(quantize_transpose_kernel, quantize_transpose_reference)
 
 
 ########################################################################################################################
@@ -1536,14 +1520,14 @@ def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool 
 ########################################################################################################################
 
 MODES = ("auto", "library", "reference")
-# Compute capabilities, from and below, on which a kernel is used. Tiles are chosen for Hopper's shared memory and
-# matrix instructions; outside these ranges the reference (or PyTorch's FlashAttention, from 8.0) takes its place.
+# Compute capabilities, from and below, on which a kernel is used, the kernel, and what takes its place elsewhere (or
+# PyTorch's FlashAttention, from 8.0). Tiles are chosen for Hopper's shared memory and matrix instructions.
 CAPABILITIES = {
-    "attention": ((9, 0), (10, 0)),
-    "mlp": ((9, 0), (10, 0)),
-    "cross_entropy": ((8, 0), (13, 0)),
-    "orthogonalise": ((9, 0), (10, 0)),
-    "quantize_transpose": ((8, 9), (13, 0)),
+    "attention": ((9, 0), (10, 0), attention, attention_reference),
+    "mlp": ((9, 0), (10, 0), relu_square_mlp, relu_square_mlp_reference),
+    "cross_entropy": ((8, 0), (13, 0), softcapped_cross_entropy, softcapped_cross_entropy_reference),
+    "orthogonalise": ((9, 0), (10, 0), orthogonalise, orthogonalise_reference),
+    "quantize_transpose": ((8, 9), (13, 0), quantize_transpose, quantize_transpose_reference),
 }
 
 
@@ -1559,17 +1543,9 @@ class Kernels(NamedTuple):
 def choose(capability: tuple[int, int], dtype: torch.dtype, mode: str = "auto") -> tuple[Kernels, dict[str, str]]:
     """The functions for a GPU of this compute capability ((0, 0): a CPU) and this dtype, and the kind of each for the
     log: "kernel", "library" or "reference". mode: "auto", or without this file's kernels "library", "reference"."""
-    table = {
-        "attention": (attention, attention_reference),
-        "mlp": (relu_square_mlp, relu_square_mlp_reference),
-        "cross_entropy": (softcapped_cross_entropy, softcapped_cross_entropy_reference),
-        "orthogonalise": (orthogonalise, orthogonalise_reference),
-        "quantize_transpose": (quantize_transpose, quantize_transpose_reference),
-    }
     able = triton is not None and mode == "auto" and dtype in (torch.bfloat16, torch.float16)
     chosen, kinds = {}, {}
-    for name, (kernel, reference) in table.items():
-        low, high = CAPABILITIES[name]
+    for name, (low, high, kernel, reference) in CAPABILITIES.items():
         runs = able and low <= capability < high
         chosen[name], kinds[name] = (kernel, "kernel") if runs else (reference, "reference")
     if kinds["attention"] == "reference" and mode != "reference" and capability >= (8, 0) and dtype == torch.bfloat16:
