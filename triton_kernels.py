@@ -69,7 +69,8 @@ def by_device(kernel: Callable, reference: Callable, *dtypes: torch.dtype) -> Ca
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
 # out         (T, H V)
 #
-# All of one dtype, bf16 or fp16 (in the interpreter fp32, in the reference any); sums are fp32.
+# All contiguous and of one dtype, bf16 or fp16; sums are fp32. (In the interpreter fp32; in the reference any dtype and
+# widths.) A shape, layout or dtype not listed here raises ValueError.
 # Differentiable by qkv, gate, value and value_gate. Deterministic: no atomics.
 #
 # Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442); rotary embedding (2104.09864), half-truncated in
@@ -129,15 +130,14 @@ def attention_reference(qkv: Tensor, documents: Documents, heads: int, width: in
     return (out if gate is None else out * gate[:, :, None]).flatten(1)
 
 
-def softmax_of_library(q, k, v, documents, parts, window, scale, _) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-    cu_seqlens, longest = documents.cu_seqlens * parts, documents.max_doc * parts
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(window, 0))
-
-
 def attention_library(*args, **options) -> Tensor:
     """The same through PyTorch's FlashAttention: bf16 or fp16, W = V, compute capability 8.0 and up."""
-    return attention_reference(*args, **options, softmax=softmax_of_library)
+    from torch.nn.attention.varlen import varlen_attn
+
+    def softmax(q, k, v, documents, parts, window, scale, _):
+        starts, longest = documents.cu_seqlens * parts, documents.max_doc * parts
+        return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(window, 0))
+    return attention_reference(*args, **options, softmax=softmax)
 
 
 def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset) -> None:
