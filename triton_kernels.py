@@ -69,7 +69,8 @@ def by_device(kernel: Callable, reference: Callable, *dtypes: torch.dtype) -> Ca
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
 # out         (T, H V)
 #
-# All of one dtype, bf16 or fp16 (in the interpreter fp32, in the reference any); sums are fp32.
+# All contiguous and of one dtype, bf16 or fp16; sums are fp32. (In the interpreter fp32; in the reference any dtype and
+# widths.) A shape, layout or dtype not listed here raises ValueError.
 # Differentiable by qkv, gate, value and value_gate. Deterministic: no atomics.
 #
 # Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442); rotary embedding (2104.09864), half-truncated in
@@ -97,75 +98,62 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin, still), dim=-1)
 
 
-def prepare_attention(qkv: Tensor, heads: int, width: int, v_width: int, cos: Tensor | None, sin: Tensor | None,
-                      value: Tensor | None, value_gate: Tensor | None, paired: bool, key_offset: bool):
-    """q, k (rows, H', W) and v (rows, H', V) as the softmax sees them, in plain PyTorch."""
-    _check_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
-    rows, part = (2 * len(qkv), heads // 2) if paired else (len(qkv), heads)
-    q, k, v = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
-    if value is not None:
-        v = v + (value_gate[:, :, None] * value.view(-1, heads, v_width)).flatten(1)
-    q, k, v = (x.reshape(rows, part, -1) for x in (q, k, v))
-    if cos is not None:
-        q, k = (rotate(F.rms_norm(x, (width,)), cos[:rows], sin[:rows]) for x in (q, k))
-    if key_offset:
-        turning, still = k.chunk(2, dim=-1)
-        k = torch.cat((turning, torch.cat((still[:1], still[:-1]))), dim=-1)
-    return q, k, v
-
-
-def attention_reference(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int,
-                        scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
-                        value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
-                        key_offset: bool = False, block: int = 512) -> Tensor:
-    """The definition. Memory grows with block * (block + window), not with T * T."""
-    q, k, v = prepare_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
-    parts, out = 2 if paired else 1, []
-    position = torch.arange(len(q), device=q.device)
+def softmax_by_blocks(q, k, v, documents, parts, window, scale, block) -> Tensor:
+    """Memory grows with block * (block + window), not with T * T."""
+    out, position = [], torch.arange(len(q), device=q.device)
     lowest = torch.maximum(documents.first.repeat_interleave(parts) * parts, position - window)
     for start in range(0, len(q), block):
         queries, keys = slice(start, start + block), slice(max(0, start - window), start + block)
         seen = (position[None, keys] <= position[queries, None]) & (position[None, keys] >= lowest[queries, None])
         part = (x.transpose(0, 1) for x in (q[queries], k[keys], v[keys]))
         out.append(F.scaled_dot_product_attention(*part, attn_mask=seen, scale=scale).transpose(0, 1))
-    return gated(torch.cat(out), gate, heads)
+    return torch.cat(out)
 
 
-def attention_library(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int,
-                      scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
-                      value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
-                      key_offset: bool = False) -> Tensor:
-    """The same through PyTorch's FlashAttention: bf16 or fp16, W = V, compute capability 8.0 and up."""
-    from torch.nn.attention.varlen import varlen_attn
-    q, k, v = prepare_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
-    parts = 2 if paired else 1
-    cu_seqlens, longest = documents.cu_seqlens * parts, documents.max_doc * parts
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=(window, 0))
-    return gated(out, gate, heads)
-
-
-def gated(out: Tensor, gate: Tensor | None, heads: int) -> Tensor:
-    """(rows, H', V) to (T, H V), times (T, H)."""
-    rows, part, v_width = out.shape
-    out = out.reshape(rows * part // heads, heads, v_width)
+def attention_reference(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int,
+                        scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
+                        value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
+                        key_offset: bool = False, block: int = 512, softmax: Callable = softmax_by_blocks) -> Tensor:
+    """The definition. softmax gets q, k (rows, H', W) and v (rows, H', V) and returns (rows, H', V)."""
+    _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset)
+    parts = 1 + paired
+    q, k, v = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
+    if value is not None:
+        v = v + (value_gate[:, :, None] * value.view(-1, heads, v_width)).flatten(1)
+    q, k, v = (x.reshape(len(x) * parts, heads // parts, -1) for x in (q, k, v))
+    if cos is not None:
+        q, k = (rotate(F.rms_norm(x, (width,)), cos[:len(x)], sin[:len(x)]) for x in (q, k))
+    if key_offset:
+        turning, still = k.chunk(2, dim=-1)
+        k = torch.cat((turning, torch.cat((still[:1], still[:-1]))), dim=-1)
+    out = softmax(q, k, v, documents, parts, window, scale, block).reshape(-1, heads, v_width)
     return (out if gate is None else out * gate[:, :, None]).flatten(1)
 
 
-def _check_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset) -> None:
-    if qkv.ndim != 2 or qkv.size(1) != heads * (2 * width + v_width) or not qkv.is_contiguous():
-        raise ValueError(f"qkv has shape {tuple(qkv.shape)} and strides {qkv.stride()}: pass contiguous rows of "
-                         f"{heads} heads, (T, {heads * (2 * width + v_width)}).")
+def attention_library(*args, **options) -> Tensor:
+    """The same through PyTorch's FlashAttention: bf16 or fp16, W = V, compute capability 8.0 and up."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def softmax(q, k, v, documents, parts, window, scale, _):
+        starts, longest = documents.cu_seqlens * parts, documents.max_doc * parts
+        return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(window, 0))
+    return attention_reference(*args, **options, softmax=softmax)
+
+
+def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset) -> None:
     if paired and heads % 2:
         raise ValueError(f"{heads} heads cannot be paired: take an even number.")
     if key_offset and cos is None:
         raise ValueError("key_offset shifts the channels that do not rotate: pass cos and sin.")
-    rows = 2 * len(qkv) if paired else len(qkv)
-    for name, table in (("cos", cos), ("sin", sin)):
-        if cos is not None and (table.ndim != 2 or len(table) < rows or table.size(1) != width // 4):
-            raise ValueError(f"{name} has shape {tuple(table.shape)}: pass at least ({rows}, {width // 4}).")
-    if value is not None and (value.shape != (len(qkv), heads * v_width) or value_gate.shape != (len(qkv), heads)):
-        raise ValueError(f"value and value_gate have shapes {tuple(value.shape)} and {tuple(value_gate.shape)}: pass "
-                         f"({len(qkv)}, {heads * v_width}) and ({len(qkv)}, {heads}).")
+    tokens, rows = len(qkv), len(qkv) * (1 + paired)
+    for name, x, length, columns in (
+            ("qkv", qkv, tokens, heads * (2 * width + v_width)), ("gate", gate, tokens, heads),
+            ("value", value, tokens, heads * v_width), ("value_gate", value_gate, tokens, heads),
+            ("cos", cos, rows, width // 4), ("sin", sin, rows, width // 4)):
+        least = "at least " if name in ("cos", "sin") else ""
+        if x is not None and ((x[:length] if least else x).shape != (length, columns) or not x.is_contiguous()):
+            raise ValueError(f"{name} has shape {tuple(x.shape)} and strides {x.stride()}: pass it contiguous, "
+                             f"{least}({length}, {columns}).")
 
 
 # Tiles as measured on an H200 at widths of 128: two programs of 4 warps share a multiprocessor, so one's softmax runs
@@ -176,24 +164,18 @@ NORM_EPS = tl.constexpr(1.1920928955078125e-07)  # F.rms_norm's
 
 
 @jit
-def _halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
-    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, COLS // 2)), (0, 2, 1)))
-
-
-@jit
 def _within(distance, limit):
     """0 <= distance <= limit, in one comparison."""
     return distance.to(tl.uint32, bitcast=True) <= limit.to(tl.uint32, bitcast=True)
 
 
 @jit
-def _load_parts(ptr, inside, WIDTH: tl.constexpr):
-    """The two quarters that turn and the half that does not, in fp32."""
+def _load_parts(ptr, inside, still_ptr, still_inside, WIDTH: tl.constexpr):
+    """The two quarters of a row that turn and the half that does not, in fp32."""
     quarter, half = tl.arange(0, WIDTH // 4)[None, :], tl.arange(0, WIDTH // 2)[None, :]
     a = tl.load(ptr + quarter, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(ptr + WIDTH // 4 + quarter, mask=inside, other=0.0).to(tl.float32)
-    still = tl.load(ptr + WIDTH // 2 + half, mask=inside, other=0.0).to(tl.float32)
-    return a, b, still
+    return a, b, tl.load(still_ptr + WIDTH // 2 + half, mask=still_inside, other=0.0).to(tl.float32)
 
 
 @jit
@@ -222,7 +204,7 @@ def _store_raw_gradient(da, db, dstill, raw_ptr, grad_ptr, cos_ptr, sin_ptr, row
     """From the gradient of the normed and turned row back to that of the raw one."""
     cos, sin = _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH)
     da, db = da * cos - db * sin, db * cos + da * sin
-    a, b, still = _load_parts(raw_ptr, inside, WIDTH)
+    a, b, still = _load_parts(raw_ptr, inside, raw_ptr, inside, WIDTH)
     rstd = tl.rsqrt(_mean(a * a, b * b, still * still, WIDTH) + NORM_EPS)
     a, b, still = a * rstd, b * rstd, still * rstd
     along = _mean(da * a, db * b, dstill * still, WIDTH)
@@ -231,28 +213,38 @@ def _store_raw_gradient(da, db, dstill, raw_ptr, grad_ptr, cos_ptr, sin_ptr, row
 
 
 @jit
-def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr, value_gate_ptr, T, stride,
+def _store_gradient(grad, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    if cos_ptr is None:
+        tl.store(grad_ptr + tl.arange(0, WIDTH)[None, :], grad.to(grad_ptr.dtype.element_ty), mask=inside)
+    else:
+        turning, dstill = tl.split(tl.permute(tl.reshape(grad, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
+        da, db = tl.split(tl.permute(tl.reshape(turning, (ROWS, 2, WIDTH // 4)), (0, 2, 1)))
+        _store_raw_gradient(da, db, dstill, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, WIDTH)
+
+
+@jit
+def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr, value_gate_ptr, T,
                        HEADS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-                       ROTARY: tl.constexpr, OFFSET: tl.constexpr, VALUE: tl.constexpr, FIRST: tl.constexpr,
-                       BLOCK: tl.constexpr):
+                       OFFSET: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr = 16):
     """One program: BLOCK tokens of one head of Q, K or V, from the packed rows to a tensor of its own."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     section, head = FIRST + tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     inside = tokens[:, None] < T
-    source = qkv_ptr + tokens[:, None].to(tl.int64) * stride
+    source = qkv_ptr + tokens[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
     if section == 2:
         cols = head * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
         x = tl.load(source + 2 * HEADS * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)
         at = tokens[:, None].to(tl.int64) * (HEADS * V_WIDTH) + cols
-        if VALUE:
+        if value_ptr is not None:
             gate = tl.load(value_gate_ptr + tokens * HEADS + head, mask=tokens < T, other=0.0).to(tl.float32)
             x += gate[:, None] * tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(v_ptr + at, x.to(v_ptr.dtype.element_ty), mask=inside)
     else:
         HELD: tl.constexpr = HEADS // PARTS  # heads of a row
         rows = tokens * PARTS + head // HELD
-        a, b, still = _load_parts(source + (section * HEADS + head) * WIDTH, inside, WIDTH)
-        if ROTARY:
+        source += (section * HEADS + head) * WIDTH
+        a, b, still = _load_parts(source, inside, source, inside, WIDTH)
+        if cos_ptr is not None:
             rstd = tl.rsqrt(_mean(a * a, b * b, still * still, WIDTH) + NORM_EPS)
             cos, sin = _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH)
             a, b, still = a * rstd, b * rstd, still * rstd
@@ -260,7 +252,7 @@ def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr
         target = k_ptr
         if section == 0:
             target = q_ptr
-        target += rows[:, None].to(tl.int64) * (HELD * WIDTH) + head % HELD * WIDTH
+        target += tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
         if OFFSET and section == 1:
             _store_parts(target, a, b, still, inside, target + HELD * WIDTH, rows[:, None] + 1 < T * PARTS, WIDTH)
             half = WIDTH // 2 + tl.arange(0, WIDTH // 2)[None, :]
@@ -272,7 +264,7 @@ def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr
 @jit
 def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, first_ptr, T, padded, window, scale,
                        HEADS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-                       GATED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+                       BOUNDED: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr = TILE):
     """One program: ROWS queries of one head over the keys that their documents and windows reach. BOUNDED: normed q
     and k keep the scores so small that no running maximum is needed."""
     head, row0 = tl.program_id(0), tl.program_id(1) * ROWS
@@ -299,19 +291,15 @@ def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, firs
             new_top = tl.maximum(top, tl.max(scores, 1) * slope)
             p = tl.exp2(scores * slope - new_top[:, None])
             shrink = tl.exp2(top - new_top)
-            total *= shrink
-            acc *= shrink[:, None]
-            top = new_top
+            total, acc, top = total * shrink, acc * shrink[:, None], new_top
         total += tl.sum(p, 1)
         v = v_desc.load([key0, head * V_WIDTH])
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    lse = tl.log2(total)
-    factor = 1 / total
+    lse, factor = tl.log2(total), 1 / total
     if not BOUNDED:
         lse += top
-    if GATED:  # exp2(score - lse) is then the gated probability, which is all that the backward pass needs
-        at = rows // PARTS * HEADS + rows % PARTS * (HEADS // PARTS) + head
-        gate = tl.load(gate_ptr + at, mask=inside, other=1.0).to(tl.float32)
+    if gate_ptr is not None:  # exp2(score - lse) is then the gated probability: the backward pass needs no more
+        gate = tl.load(gate_ptr + rows * (HEADS // PARTS) + head, mask=inside, other=1.0).to(tl.float32)
         factor *= gate
         lse -= tl.log2(gate)
     out_desc.store([row0, head * V_WIDTH], (acc * factor[:, None]).to(out_desc.dtype))
@@ -320,9 +308,9 @@ def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, firs
 
 @jit
 def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr, delta_ptr, first_ptr, qkv_ptr,
-                  grad_ptr, cos_ptr, sin_ptr, T, padded, stride, window, scale, HEADS: tl.constexpr,
-                  PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, GATED: tl.constexpr,
-                  ROTARY: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr):
+                  grad_ptr, cos_ptr, sin_ptr, T, padded, window, scale, HEADS: tl.constexpr,
+                  PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr = TILE,
+                  KEYS: tl.constexpr = TILE // 2):
     """One program: the gradient of ROWS queries of one head, and delta = sum over channels of dout * out / gate, which
     is also the gradient of the gate."""
     head, row0 = tl.program_id(0), tl.program_id(1) * ROWS
@@ -336,9 +324,8 @@ def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr
     out = out_desc.load([row0, head * V_WIDTH])
     lse = tl.load(lse_ptr + head * padded + rows, mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if GATED:
-        at = rows // PARTS * HEADS + rows % PARTS * (HEADS // PARTS) + head
-        gate = tl.load(gate_ptr + at, mask=inside, other=1.0).to(tl.float32)
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + rows * (HEADS // PARTS) + head, mask=inside, other=1.0).to(tl.float32)
         delta = tl.where(gate == 0.0, 0.0, delta / gate)
     tl.store(delta_ptr + head * padded + rows, delta, mask=inside)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -352,21 +339,15 @@ def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr
         p = tl.where(seen, tl.exp2(scores * slope - lse[:, None]), 0.0)
         acc = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, acc, input_precision="ieee")
     acc *= scale
-    held = rows % PARTS * (HEADS // PARTS) + head
-    at = (rows // PARTS)[:, None].to(tl.int64) * stride + held[:, None] * WIDTH
-    if ROTARY:
-        turning, dstill = _halves(acc, ROWS, WIDTH)
-        da, db = _halves(turning, ROWS, WIDTH // 2)
-        _store_raw_gradient(da, db, dstill, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside[:, None], WIDTH)
-    else:
-        tl.store(grad_ptr + at + tl.arange(0, WIDTH)[None, :], acc.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
+    at = (rows // PARTS)[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
+    at += (rows % PARTS * (HEADS // PARTS) + head)[:, None] * WIDTH
+    _store_gradient(acc, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside[:, None], ROWS, WIDTH)
 
 
 @jit
 def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, last_ptr, qkv_ptr, grad_ptr, dk_ptr,
-                    cos_ptr, sin_ptr, T, stride, window, scale, HEADS: tl.constexpr, PARTS: tl.constexpr,
-                    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROTARY: tl.constexpr, OFFSET: tl.constexpr,
-                    ROWS: tl.constexpr, KEYS: tl.constexpr):
+                    cos_ptr, sin_ptr, T, window, scale, HEADS: tl.constexpr, PARTS: tl.constexpr,
+                    WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr = TILE, KEYS: tl.constexpr = TILE):
     """One program: the gradients of KEYS keys and values of one head, from all rows that see them."""
     head, key0 = tl.program_id(0), tl.program_id(1) * KEYS
     keys = key0 + tl.arange(0, KEYS)
@@ -392,155 +373,135 @@ def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, las
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dk = tl.dot((p * (dp - delta)).to(q.dtype), q, dk, input_precision="ieee")
     dk *= scale
-    source = (keys // PARTS)[:, None].to(tl.int64) * stride
+    source = (keys // PARTS)[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
     held = (keys % PARTS * (HEADS // PARTS) + head)[:, None]
     at = source + (HEADS + held) * WIDTH
-    columns = tl.arange(0, WIDTH)[None, :]
-    dtype = grad_ptr.dtype.element_ty
-    if OFFSET:  # a row's halves belong to two tokens here: _attention_offset_dk goes on
-        dk_ptr += keys[:, None].to(tl.int64) * (HEADS // PARTS * WIDTH) + head * WIDTH
-        tl.store(dk_ptr + columns, dk.to(dtype), mask=inside[:, None])
-    elif ROTARY:
-        turning, dstill = _halves(dk, KEYS, WIDTH)
-        da, db = _halves(turning, KEYS, WIDTH // 2)
-        _store_raw_gradient(da, db, dstill, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, keys, inside[:, None], WIDTH)
+    if dk_ptr is not None:  # a row's halves belong to two tokens here: _attention_offset_dk goes on
+        dk_ptr += keys[:, None].to(tl.int64) * (HEADS // PARTS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(dk_ptr, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
     else:
-        tl.store(grad_ptr + at + columns, dk.to(dtype), mask=inside[:, None])
+        _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, keys, inside[:, None], KEYS, WIDTH)
     at = source + 2 * HEADS * WIDTH + held * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
-    tl.store(grad_ptr + at, dv.to(dtype), mask=inside[:, None])
+    tl.store(grad_ptr + at, dv.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
-def _attention_offset_dk(dk_ptr, qkv_ptr, grad_ptr, cos_ptr, sin_ptr, T, stride, HEADS: tl.constexpr,
-                         PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _attention_offset_dk(dk_ptr, qkv_ptr, grad_ptr, cos_ptr, sin_ptr, T, HEADS: tl.constexpr,
+                         PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr = 16):
     """One program: BLOCK tokens of one head, from the gradient of the offset keys to that of the raw ones."""
     tokens, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
     HELD: tl.constexpr = HEADS // PARTS
     rows = tokens * PARTS + head // HELD
     inside = tokens[:, None] < T
-    source = dk_ptr + rows[:, None].to(tl.int64) * (HELD * WIDTH) + head % HELD * WIDTH
-    quarter, half = tl.arange(0, WIDTH // 4)[None, :], WIDTH // 2 + tl.arange(0, WIDTH // 2)[None, :]
-    da = tl.load(source + quarter, mask=inside, other=0.0).to(tl.float32)
-    db = tl.load(source + WIDTH // 4 + quarter, mask=inside, other=0.0).to(tl.float32)
-    dstill = tl.load(source + HELD * WIDTH + half, mask=rows[:, None] + 1 < T * PARTS, other=0.0).to(tl.float32)
+    source = dk_ptr + tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
+    da, db, dstill = _load_parts(source, inside, source + HELD * WIDTH, rows[:, None] + 1 < T * PARTS, WIDTH)
+    half = WIDTH // 2 + tl.arange(0, WIDTH // 2)[None, :]
     dstill += tl.load(source + half, mask=rows[:, None] == 0, other=0.0).to(tl.float32)
-    at = tokens[:, None].to(tl.int64) * stride + (HEADS + head) * WIDTH
+    at = tokens[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH)) + (HEADS + head) * WIDTH
     _store_raw_gradient(da, db, dstill, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, WIDTH)
 
 
-def _attention_tiles(qkv, q, k, v, heads, width, v_width, held):
-    """Descriptors by (tensor, width, rows a tile): of q, k, v as prepared, or of their columns of the packed rows."""
-    raw = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
-    whole = [x.view(-1, held * w) if x.numel() else y for x, y, w in zip((q, k, v), raw, (width, width, v_width),
-                                                                         strict=True)]
-    return lambda rows, keys: [TensorDescriptor.from_tensor(x, [n, w]) for x, n, w in
-                               zip(whole, (rows, keys, keys), (width, width, v_width), strict=True)]
+def _attention_plan(qkv, prepared, heads, width, v_width, paired):
+    """Rows, a grid over heads and tiles of rows, the kernels' constants, and a function from rows a tile to descriptors
+    of q, k and v: as prepared, or where that is empty of their columns of the packed rows."""
+    parts, widths = 1 + paired, (width, width, v_width)
+    rows, raw = len(qkv) * parts, qkv.split([heads * w for w in widths], dim=1)
+    whole = [x.view(rows, -1) if x.numel() else y for x, y in zip(prepared, raw, strict=True)]
+    shape = dict(HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width)
+    return rows, (heads // parts, triton.cdiv(rows, TILE)), shape, lambda *sizes: [
+        TensorDescriptor.from_tensor(x, [n, w]) for x, n, w in zip(whole, sizes, widths, strict=True)]
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
-def _attention(qkv: Tensor, first: Tensor, last: Tensor, cos: Tensor | None, sin: Tensor | None, gate: Tensor | None,
-               value: Tensor | None, value_gate: Tensor | None, heads: int, width: int, v_width: int, window: int,
-               scale: float, paired: bool, key_offset: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _attention(qkv: Tensor, first: Tensor, last: Tensor, heads: int, width: int, v_width: int, window: int,
+               scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
+               value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
+               key_offset: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """out, log2 of the softmax's sums, and q, k, v as prepared (empty where the packed rows serve as they are)."""
-    tokens, parts, held = len(qkv), 1 + paired, heads // (1 + paired)
-    rows, (out, lse, q, k, v) = tokens * parts, _attention_outputs(qkv, cos, value, heads, width, v_width, paired)
-    sections = [i for i, x in enumerate((q, k, v)) if x.numel()]
+    out, lse, *prepared = _attention_outputs(qkv, first, last, heads, width, v_width, window, scale, cos, sin, gate,
+                                             value, value_gate, paired, key_offset)
+    rows, grid, shape, tiles = _attention_plan(qkv, prepared, heads, width, v_width, paired)
+    sections = [i for i, x in enumerate(prepared) if x.numel()]
     if sections:
-        _attention_prepare[triton.cdiv(tokens, 16), len(sections) * heads](
-            qkv, q, k, v, cos, sin, value, value_gate, tokens, qkv.stride(0), HEADS=heads, PARTS=parts, WIDTH=width,
-            V_WIDTH=v_width, ROTARY=cos is not None, OFFSET=key_offset, VALUE=value is not None, FIRST=sections[0],
-            BLOCK=16, num_warps=8)
+        _attention_prepare[triton.cdiv(len(qkv), 16), len(sections) * heads](
+            qkv, *prepared, cos, sin, value, value_gate, len(qkv), OFFSET=key_offset, FIRST=sections[0], num_warps=8,
+            **shape)
     keys = TILE // 2 if window <= SMALL_WINDOW else TILE
-    tiles = _attention_tiles(qkv, q, k, v, heads, width, v_width, held)
-    _attention_forward[held, triton.cdiv(rows, TILE)](
-        *tiles(TILE, keys), TensorDescriptor.from_tensor(out.view(rows, -1), [TILE, v_width]), gate, lse, first, rows,
-        lse.size(1), window, scale, HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width, GATED=gate is not None,
-        BOUNDED=cos is not None and scale * width < 40, ROWS=TILE, KEYS=keys, num_warps=4, num_stages=3)
-    return out, lse, q, k, v
+    _attention_forward[grid](
+        *tiles(TILE, keys, keys), TensorDescriptor.from_tensor(out.view(rows, -1), [TILE, v_width]), gate, lse, first,
+        rows, lse.size(1), window, scale, BOUNDED=cos is not None and scale * width < 40, KEYS=keys, num_warps=4,
+        num_stages=3, **shape)
+    return out, lse, *prepared
 
 
 @_attention.register_fake
-def _(qkv, first, last, cos, sin, gate, value, value_gate, heads, width, v_width, window, scale, paired, key_offset):
-    return _attention_outputs(qkv, cos, value, heads, width, v_width, paired)
-
-
-def _attention_outputs(qkv, cos, value, heads, width, v_width, paired):
-    turned, valued = cos is not None or paired, value is not None or paired
-    lse = qkv.new_empty(heads // (1 + paired), -(-len(qkv) * (1 + paired) // TILE) * TILE, dtype=torch.float32)
-    return (qkv.new_empty(len(qkv), heads * v_width), lse, *(qkv.new_empty(len(qkv) if needed else 0, heads * w)
-            for needed, w in ((turned, width), (turned, width), (valued, v_width))))
+def _attention_outputs(qkv, first, last, heads, width, v_width, window, scale, cos=None, sin=None, gate=None,
+                       value=None, value_gate=None, paired=False, key_offset=False):
+    if width not in (64, 128) or v_width not in (64, 128):
+        raise ValueError(f"the widths of Q/K and V are {width} and {v_width}: each must be 64 or 128.")
+    if qkv.dtype not in (torch.bfloat16, torch.float16) and qkv.is_cuda:
+        raise ValueError(f"qkv is {qkv.dtype}: convert it to bfloat16 or float16.")
+    _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset)
+    tokens, parts = len(qkv), 1 + paired
+    lse = qkv.new_empty(heads // parts, -(-tokens * parts // TILE) * TILE, dtype=torch.float32)
+    q, k, v = (qkv.new_empty(tokens if paired or made is not None else 0, heads * columns)
+               for made, columns in ((cos, width), (cos, width), (value, v_width)))
+    return qkv.new_empty(tokens, heads * v_width), lse, q, k, v
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
-def _attention_backward(dout: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, qkv: Tensor,
-                        first: Tensor, last: Tensor, cos: Tensor | None, sin: Tensor | None, gate: Tensor | None,
-                        heads: int, width: int, v_width: int, window: int, scale: float, paired: bool,
+def _attention_backward(dout: Tensor, qkv: Tensor, gate: Tensor | None, first: Tensor, last: Tensor,
+                        cos: Tensor | None, sin: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
+                        v: Tensor, heads: int, width: int, v_width: int, window: int, scale: float, paired: bool,
                         key_offset: bool) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and of the gate (empty without one)."""
-    tokens, parts, held = len(qkv), 1 + paired, heads // (1 + paired)
-    rows, padded, stride = tokens * parts, lse.size(1), qkv.stride(0)
+    rows, grid, shape, tiles = _attention_plan(qkv, (q, k, v), heads, width, v_width, paired)
     dqkv, delta, dk = torch.empty_like(qkv), torch.empty_like(lse), torch.empty_like(k) if key_offset else None
-    out, dout = out.view(rows, -1), dout.contiguous().view(rows, -1)
-    tiles, descriptor = _attention_tiles(qkv, q, k, v, heads, width, v_width, held), TensorDescriptor.from_tensor
-    shape = dict(HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width, ROTARY=cos is not None)
-    _attention_dq[held, triton.cdiv(rows, TILE)](
-        *tiles(TILE, TILE // 2), descriptor(out, [TILE, v_width]), descriptor(dout, [TILE, v_width]), gate, lse, delta,
-        first, qkv, dqkv, cos, sin, rows, padded, stride, window, scale, GATED=gate is not None, ROWS=TILE,
-        KEYS=TILE // 2, num_warps=4, num_stages=2 if window <= SMALL_WINDOW else 4, **shape)
-    _attention_dkdv[held, triton.cdiv(rows, TILE)](
-        *tiles(TILE, TILE), descriptor(dout, [TILE, v_width]), descriptor(lse[:, :rows], [1, TILE]),
-        descriptor(delta[:, :rows], [1, TILE]), last, qkv, dqkv, dk, cos, sin, rows, stride, window, scale,
-        OFFSET=key_offset, ROWS=TILE, KEYS=TILE, num_warps=4, num_stages=2, **shape)
+    out, dout = (TensorDescriptor.from_tensor(x.contiguous().view(rows, -1), [TILE, v_width]) for x in (out, dout))
+    _attention_dq[grid](
+        *tiles(TILE, TILE // 2, TILE // 2), out, dout, gate, lse, delta, first, qkv, dqkv, cos, sin, rows, lse.size(1),
+        window, scale, num_warps=4, num_stages=2 if window <= SMALL_WINDOW else 4, **shape)
+    sums = (TensorDescriptor.from_tensor(x[:, :rows], [1, TILE]) for x in (lse, delta))
+    _attention_dkdv[grid](
+        *tiles(TILE, TILE, TILE), dout, *sums, last, qkv, dqkv, dk, cos, sin, rows, window, scale, num_warps=4,
+        num_stages=2, **shape)
     if key_offset:
-        _attention_offset_dk[triton.cdiv(tokens, 16), heads](dk, qkv, dqkv, cos, sin, tokens, stride, HEADS=heads,
-                                                             PARTS=parts, WIDTH=width, BLOCK=16, num_warps=4)
+        _attention_offset_dk[triton.cdiv(len(qkv), 16), heads](dk, qkv, dqkv, cos, sin, len(qkv), num_warps=4, **shape)
     if gate is None:
         return dqkv, qkv.new_empty(0)
-    dgate = delta[:, :rows].reshape(held, tokens, parts).permute(1, 2, 0).reshape(tokens, heads)
-    return dqkv, dgate.to(gate.dtype).contiguous()
+    return dqkv, delta[:, :rows].t().reshape(gate.shape).to(gate.dtype).contiguous()
 
 
-@_attention_backward.register_fake
-def _(dout, out, lse, q, k, v, qkv, first, last, cos, sin, gate, heads, *options):
-    return torch.empty_like(qkv), qkv.new_empty(0) if gate is None else torch.empty_like(gate)
+_attention_backward.register_fake(lambda dout, qkv, gate, *_: (
+    torch.empty_like(qkv), qkv.new_empty(0) if gate is None else torch.empty_like(gate)))
 
 
 def _attention_save(ctx, inputs, output):
-    *tensors, ctx.heads, width, v_width, window, scale, paired, key_offset = inputs
-    ctx.options = width, v_width, window, scale, paired, key_offset
+    qkv, first, last, *sizes, cos, sin, gate, value, value_gate, paired, key_offset = inputs
+    ctx.options = *sizes, paired, key_offset
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(value, value_gate, qkv, gate, first, last, cos, sin, *output)
 
 
 def _attention_gradients(ctx, dout, *_):
-    qkv, first, last, cos, sin, gate, value, value_gate, *saved = ctx.saved_tensors
-    dqkv, dgate = _attention_backward(dout, *saved, qkv, first, last, cos, sin, gate, ctx.heads, *ctx.options)
+    value, value_gate, qkv, gate, *saved = ctx.saved_tensors
+    dqkv, dgate = _attention_backward(dout, qkv, gate, *saved, *ctx.options)
     dvalue = dvalue_gate = None
     if value is not None:
-        dv = dqkv[:, -value.size(1):].unflatten(1, (ctx.heads, -1))
+        dv = dqkv[:, -value.size(1):].unflatten(1, (value_gate.size(1), -1))
         dvalue = (dv * value_gate[:, :, None]).flatten(1).to(value.dtype)
         dvalue_gate = (dv.float() * value.view_as(dv).float()).sum(-1).to(value_gate.dtype)
-    return dqkv, None, None, None, None, dgate if gate is not None else None, dvalue, dvalue_gate, *[None] * 7
+    return dqkv, *[None] * 9, None if gate is None else dgate, dvalue, dvalue_gate, None, None
 
 
 _attention.register_autograd(_attention_gradients, setup_context=_attention_save)
 
 
-def attention(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int, scale: float,
-              cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
-              value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
-              key_offset: bool = False) -> Tensor:
-    """As defined above: by the kernels on a GPU, by the reference elsewhere."""
-    if width not in (64, 128) or v_width not in (64, 128):
-        raise ValueError(f"the widths of Q/K and V are {width} and {v_width}: each must be 64 or 128.")
-    if qkv.dtype not in (torch.bfloat16, torch.float16) and qkv.is_cuda:
-        raise ValueError(f"qkv is {qkv.dtype}: convert it to bfloat16 or float16.")
-    _check_attention(qkv, heads, width, v_width, cos, sin, value, value_gate, paired, key_offset)
+def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
+    """attention_reference with its arguments, by the kernels on a GPU and by itself elsewhere."""
     if not kernels_available(qkv.device):
-        return attention_reference(qkv, documents, heads, width, v_width, window, scale, cos, sin, gate, value,
-                                   value_gate, paired, key_offset)
-    return _attention(qkv, documents.first, documents.last, cos, sin, gate, value, value_gate, heads, width, v_width,
-                      window, scale, paired, key_offset)[0]
+        return attention_reference(qkv, documents, *args, **options)
+    return _attention(qkv, documents.first, documents.last, *args, **options)[0]
 
 
 ########################################################################################################################
@@ -1277,7 +1238,7 @@ orthogonalise = by_device(orthogonalise_kernel, orthogonalise_reference, torch.b
 # src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
 # out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src
 # x     (M, N) or (B, M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
-# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2; None with rows=False or columns=False
+# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2; empty with rows=False or columns=False
 # scale ()  or, with a batch, (B,): fp32, in the device's memory      amax  () or (B,) fp32; NaN where x has one
 #
 # None of the three is differentiable.
@@ -1320,12 +1281,13 @@ def transpose_add_reference_(dst: Tensor, src: Tensor) -> Tensor:
 
 
 def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
-                                 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+                                 ) -> tuple[Tensor, Tensor, Tensor]:
     """(q, q_t, amax) as defined above in plain PyTorch."""
     _check_quantize(x, scale, dtype)
     scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / scale).expand(x.shape[:-2])[..., None, None]
     q = scaled.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    return q if rows else None, q.mT.contiguous() if columns else None, x.abs().amax((-2, -1)).float()
+    empty = q.new_empty(0)
+    return q if rows else empty, q.mT.contiguous() if columns else empty, x.abs().amax((-2, -1)).float()
 
 
 @jit
@@ -1414,15 +1376,10 @@ def transpose_add_kernel_(dst: Tensor, src: Tensor) -> None:
     _turn(src, dst, 1, True)
 
 
-def _quantize_outputs(x, scale, dtype, rows, columns):
-    q, q_t = (x.new_empty(y.shape if wanted else 0, dtype=dtype) for y, wanted in ((x, rows), (x.mT, columns)))
-    return q, q_t, x.new_zeros(x.shape[:-2], dtype=torch.float32)
-
-
 @torch.library.custom_op("speedrun::quantize_transpose", mutates_args=())
-def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool, columns: bool
+def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
                               ) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, q_t, amax) as defined above, by the kernel; empty where not asked for."""
+    """(q, q_t, amax) as defined above, by the kernel."""
     _check_quantize(x, scale, dtype)
     _check_turn("x", x, x.shape, (torch.bfloat16, torch.float16, torch.float32))
     q, q_t, amax = _quantize_outputs(x, scale, dtype, rows, columns)
@@ -1436,27 +1393,15 @@ def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows
     return q, q_t, amax
 
 
-quantize_transpose_kernel.register_fake(_quantize_outputs)
+@quantize_transpose_kernel.register_fake
+def _quantize_outputs(x, scale, dtype, rows=True, columns=True):
+    q, q_t = (x.new_empty(y.shape if wanted else 0, dtype=dtype) for y, wanted in ((x, rows), (x.mT, columns)))
+    return q, q_t, x.new_zeros(x.shape[:-2], dtype=torch.float32)
 
 
 transpose_copy = by_device(transpose_copy_kernel, transpose_copy_reference)
-
-
-@torch.no_grad()
-def transpose_add_(dst: Tensor, src: Tensor) -> Tensor:
-    """dst += src' as defined above, returns dst: by the kernel on a GPU, by the reference elsewhere."""
-    (transpose_add_kernel_ if kernels_available(dst.device) else transpose_add_reference_)(dst, src)
-    return dst
-
-
-@torch.no_grad()
-def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
-                       ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """(q, q_t, amax) as defined above: by the kernel on a GPU, by the reference elsewhere."""
-    if not kernels_available(x.device):
-        return quantize_transpose_reference(x, scale, dtype, rows, columns)
-    q, q_t, amax = quantize_transpose_kernel(x, scale, dtype, rows, columns)
-    return q if rows else None, q_t if columns else None, amax
+transpose_add_ = by_device(lambda dst, src: transpose_add_kernel_(dst, src) or dst, transpose_add_reference_)
+quantize_transpose = by_device(quantize_transpose_kernel, quantize_transpose_reference)
 
 
 ########################################################################################################################
@@ -1464,14 +1409,14 @@ def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool 
 ########################################################################################################################
 
 MODES = ("auto", "library", "reference")
-# Compute capabilities, from and below, on which a kernel is used. Tiles are chosen for Hopper's shared memory and
-# matrix instructions; outside these ranges the reference (or PyTorch's FlashAttention, from 8.0) takes its place.
+# Compute capabilities, from and below, on which a kernel is used, the kernel, and what takes its place elsewhere (or
+# PyTorch's FlashAttention, from 8.0). Tiles are chosen for Hopper's shared memory and matrix instructions.
 CAPABILITIES = {
-    "attention": ((9, 0), (10, 0)),
-    "mlp": ((9, 0), (10, 0)),
-    "cross_entropy": ((8, 0), (13, 0)),
-    "orthogonalise": ((9, 0), (10, 0)),
-    "quantize_transpose": ((8, 9), (13, 0)),
+    "attention": ((9, 0), (10, 0), attention, attention_reference),
+    "mlp": ((9, 0), (10, 0), relu_square_mlp, relu_square_mlp_reference),
+    "cross_entropy": ((8, 0), (13, 0), softcapped_cross_entropy, softcapped_cross_entropy_reference),
+    "orthogonalise": ((9, 0), (10, 0), orthogonalise, orthogonalise_reference),
+    "quantize_transpose": ((8, 9), (13, 0), quantize_transpose, quantize_transpose_reference),
 }
 
 
@@ -1487,17 +1432,9 @@ class Kernels(NamedTuple):
 def choose(capability: tuple[int, int], dtype: torch.dtype, mode: str = "auto") -> tuple[Kernels, dict[str, str]]:
     """The functions for a GPU of this compute capability ((0, 0): a CPU) and this dtype, and the kind of each for the
     log: "kernel", "library" or "reference". mode: "auto", or without this file's kernels "library", "reference"."""
-    table = {
-        "attention": (attention, attention_reference),
-        "mlp": (relu_square_mlp, relu_square_mlp_reference),
-        "cross_entropy": (softcapped_cross_entropy, softcapped_cross_entropy_reference),
-        "orthogonalise": (orthogonalise, orthogonalise_reference),
-        "quantize_transpose": (quantize_transpose, quantize_transpose_reference),
-    }
     able = triton is not None and mode == "auto" and dtype in (torch.bfloat16, torch.float16)
     chosen, kinds = {}, {}
-    for name, (kernel, reference) in table.items():
-        low, high = CAPABILITIES[name]
+    for name, (low, high, kernel, reference) in CAPABILITIES.items():
         runs = able and low <= capability < high
         chosen[name], kinds[name] = (kernel, "kernel") if runs else (reference, "reference")
     if kinds["attention"] == "reference" and mode != "reference" and capability >= (8, 0) and dtype == torch.bfloat16:

@@ -150,11 +150,11 @@ def test_two_runs_are_bitwise_one():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"width": 32}, "widths of Q/K and V are 32 and 64: each must be"),
-    ({"qkv": torch.zeros(5, 383)}, r"qkv has shape \(5, 383\).*\(T, 384\)"),
+    ({"qkv": torch.zeros(5, 383)}, r"qkv has shape \(5, 383\).*\(5, 384\)"),
     ({"heads": 1, "qkv": torch.zeros(5, 192), "paired": True}, "1 heads cannot be paired"),
     ({"key_offset": True}, "pass cos and sin"),
-    ({"cos": torch.zeros(3, 16), "sin": torch.zeros(5, 16)}, r"cos has shape \(3, 16\): pass at least \(5, 16\)"),
-    ({"value": torch.zeros(5, 3), "value_gate": torch.zeros(5, 2)}, r"shapes \(5, 3\) and \(5, 2\): pass"),
+    ({"cos": torch.zeros(3, 16), "sin": torch.zeros(5, 16)}, r"cos has shape \(3, 16\).*at least \(5, 16\)"),
+    ({"value": torch.zeros(5, 3), "value_gate": torch.zeros(5, 2)}, r"value has shape \(5, 3\).*\(5, 128\)"),
 ])
 def test_wrong_arguments_are_named(change, message):
     where = tk.documents(torch.tensor([0, 5], dtype=torch.int32), 5, 5)
