@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -806,12 +807,21 @@ def own_shards(cfg: Config) -> bool:
                                    for key in ("train_files", "val_files"))
 
 
+def python_command() -> str:
+    """How to start this Python from the root: by name where the PATH leads to it, else by its path."""
+    own = Path(sys.executable)
+    for name in ("python", "python3"):
+        found = shutil.which(name)
+        if found and Path(found).parent == own.parent:
+            return name
+    return os.path.relpath(own, ROOT) if own.is_relative_to(ROOT) else str(own)
+
+
 def more_shards(cfg: Config, needed: int = 0) -> str:
     """What to do for shards that are missing."""
     if not own_shards(cfg):
         return "put more token shards there (data/README.md)"
-    active = sys.prefix == sys.base_prefix or "VIRTUAL_ENV" in os.environ
-    command = cfg.fetch.replace("python", "python" if active else os.path.relpath(sys.executable, ROOT), 1)
+    command = cfg.fetch.replace("python", python_command(), 1)
     return f"run `{command.replace(' 9', f' {needed}') if needed > 9 else command}`"
 
 

@@ -52,6 +52,22 @@ def by_device(kernel: Callable, reference: Callable, *dtypes: torch.dtype) -> Ca
     function.__name__ = function.__qualname__ = reference.__name__.replace("_reference", "")
     return function
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+E4M3_MAX, E5M2_MAX = 448.0, 57344.0  # the largest finite values; a cast alone would make larger ones NaN or inf
+
+
+def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: Sequence[torch.dtype], device=None) -> None:
+    """ValueError, with all that x should be and is, unless it fits, is contiguous, of these dtypes and on device."""
+    device = device or x.device
+    if not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == device):
+        raise ValueError(f"{name} must be {wanted}, contiguous, on {device}, {' or '.join(map(str, dtypes))}, "
+                         f"not {x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}.")
+
+
+def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, so that each has several tiles
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
+
 
 ########################################################################################################################
 #                             Causal attention over packed documents with a left window                                #
@@ -524,40 +540,30 @@ def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
 # tensor descriptors want them. A shape, layout, device or dtype not listed here raises ValueError.
 # Sources: ReLU^2 is that of Primer (arXiv 2109.08668); delayed scaling is that of NVIDIA's Transformer Engine.
 
-E4M3_MAX = 448.0
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # (BM, BN, BK, GROUP, stages, warps, programs for each multiprocessor) by the bytes of an operand's element.
 # Forward, large tiles for the fewest loads; backward, two small ones that hide each other's loads of post.
 RELU_SQUARE_FORWARD = {1: (128, 256, 128, 8, 4, 8, 1), 2: (128, 256, 64, 1, 4, 8, 1), 4: (64, 64, 32, 1, 2, 4, 1)}
 RELU_SQUARE_BACKWARD = {1: (128, 128, 128, 1, 3, 4, 2), 2: (128, 128, 64, 1, 3, 4, 2), 4: (64, 64, 32, 1, 2, 4, 1)}
 
 
-def _check_relu_square(a: Tensor, w: Tensor, post: Tensor | None, *scales: Tensor | None) -> torch.dtype:
-    """The dtype of post, of operands a (x or g) and w that fit; post: None in the forward direction."""
-    for t in (a, w, post):
-        if t is not None and (t.ndim != 2 or 0 in t.shape or not t.is_contiguous()):
-            raise ValueError(f"shape {tuple(t.shape)}, strides {t.stride()}: pass a row-major matrix, no side 0.")
-    if a.shape[1] != w.shape[1] or (post is not None and post.shape != (a.shape[0], w.shape[0])):
-        shapes = [tuple(t.shape) for t in (a, w, post) if t is not None]
-        raise ValueError(f"shapes {shapes} do not fit: pass (T, D), (F, D) and, backward, post (T, F).")
+def _check_relu_square(a, w, post, *scales) -> torch.dtype:
+    """The dtype of post, where the operands a (x or g), w and, backward, post fit together."""
     fp8 = (E4M3,) if post is None else (E4M3, E5M2)
-    dtype = torch.bfloat16 if a.itemsize == 1 else a.dtype
-    same = a.dtype == w.dtype and a.is_floating_point() and a.itemsize > 1
-    if not (same or a.dtype in fp8 and w.dtype in fp8) or (post is not None and post.dtype != dtype):
-        raise ValueError(f"dtypes {[t.dtype for t in (a, w, post) if t is not None]}: convert the first two to one "
-                         f"floating dtype or to {fp8}, post to the first one's or, for FP8, to bfloat16.")
-    given = [t for t in scales if t is not None]
-    if any(t.dtype != torch.float32 or t.numel() != 1 for t in given):
-        raise ValueError(f"scales are {[(t.dtype, tuple(t.shape)) for t in given]}: pass one number in float32 each.")
-    devices = sorted({str(t.device) for t in (a, w, post, *given) if t is not None})
-    if len(devices) > 1:
-        raise ValueError(f"arguments are on {', '.join(devices)}: move them to one device.")
-    return dtype
+    wide, few = (torch.bfloat16, fp8) if a.dtype in fp8 else (a.dtype, (a.dtype,))
+    _expect("the first operand", a, a.ndim == 2 and 0 not in a.shape, "(T, D), neither of them 0",
+            (*FLOATS, torch.float64, *fp8))
+    _expect("w", w, w.ndim == 2 and len(w) > 0 and w.shape[1] == a.shape[1], f"(F, {a.shape[1]})", few, a.device)
+    if post is not None:
+        _expect("post", post, post.shape == (len(a), len(w)), (len(a), len(w)), (wide,), a.device)
+    for scale in scales:
+        if scale is not None:
+            _expect("a scale", scale, scale.numel() == 1, "one number", (torch.float32,), a.device)
+    return wide
 
 
 @torch.no_grad()
 def relu_square_linear_reference(x: Tensor, w: Tensor, scale: Tensor | None = None, post_scale: Tensor | None = None,
-                                 transposed: bool = False) -> list[Tensor]:  # fmt: skip
+                                 transposed: bool = False) -> list[Tensor]:
     """[post], or with post_scale [post, post8, amax], or with transposed too [post, post8, amax, post8_t]."""
     dtype = _check_relu_square(x, w, None, scale, post_scale)
     x, w = (t if t.dtype == torch.float64 else t.float() for t in (x, w))
@@ -571,7 +577,7 @@ def relu_square_linear_reference(x: Tensor, w: Tensor, scale: Tensor | None = No
 
 @torch.no_grad()
 def relu_square_backward_reference(g: Tensor, w: Tensor, post: Tensor, scale: Tensor | None = None,
-                                   dpre_scale: Tensor | None = None) -> list[Tensor]:  # fmt: skip
+                                   dpre_scale: Tensor | None = None) -> list[Tensor]:
     """[dpre], or with dpre_scale [dpre8, dpre8_t]."""
     dtype = _check_relu_square(g, w, post, scale, dpre_scale)
     g, w, post = (t if t.dtype == torch.float64 else t.float() for t in (g, w, post))
@@ -584,7 +590,7 @@ def relu_square_backward_reference(g: Tensor, w: Tensor, post: Tensor, scale: Te
 
 @jit
 def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr, M, N, K, LIMIT: tl.constexpr,
-                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """Each program takes every num_programs-th tile (BM, BN). a, w and, forward, out are descriptors, which
     read zeros and write nothing outside their matrix; the rest are pointers. None: the mode has no such tensor."""
     scale = 1.0 if scale_ptr is None else tl.load(scale_ptr)
@@ -629,25 +635,21 @@ def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr
         tl.store(amax_ptr + tl.program_id(0), (top * top * factor).to(out.dtype).to(tl.float32))
 
 
-def _relu_square_programs(a: Tensor) -> int:  # the interpreter gets a few, so that each has several tiles
-    return torch.cuda.get_device_properties(a.device).multi_processor_count if a.is_cuda else 3
+def _relu_square_outputs(a, w, post, scale, out_scale, transposed) -> list[Tensor | None]:
+    """[post or dpre, its FP8 copy, amax, the copy transposed]: None for what the mode has not."""
+    wide, forward, scaled = _check_relu_square(a, w, post, scale, out_scale), post is None, out_scale is not None
+    shape, fp8 = (len(a), len(w)), E4M3 if forward else E5M2
+    return [a.new_empty(shape, dtype=wide) if forward or not scaled else None,
+            a.new_empty(shape, dtype=fp8) if scaled else None,
+            a.new_empty(_multiprocessors(a), dtype=torch.float32) if scaled and forward else None,
+            a.new_empty(shape[::-1], dtype=fp8) if scaled and transposed else None]
 
 
-def _relu_square_outputs(a, w, out_scale, transposed, backward) -> list[Tensor | None]:
-    """[post or dpre, its FP8 copy, amax, the copy transposed]: None what the mode does not have."""
-    shape, fp8, scaled = (a.shape[0], w.shape[0]), E5M2 if backward else E4M3, out_scale is not None
-    return [
-        None if backward and scaled else a.new_empty(shape, dtype=torch.bfloat16 if a.itemsize == 1 else a.dtype),
-        a.new_empty(shape, dtype=fp8) if scaled else None,
-        a.new_empty(_relu_square_programs(a), dtype=torch.float32) if scaled and not backward else None,
-        a.new_empty(shape[::-1], dtype=fp8) if scaled and transposed else None,
-    ]
-
-
-def _run_relu_square(a, w, post, scale, out_scale, transposed) -> list[Tensor]:
-    _check_relu_square(a, w, post, scale, out_scale)
-    outputs = _relu_square_outputs(a, w, out_scale, transposed, post is not None)
-    out, out8, amax, out8_t = outputs
+@torch.library.custom_op("speedrun::relu_square", mutates_args=())
+def _relu_square(a: Tensor, w: Tensor, post: Tensor | None, scale: Tensor | None, out_scale: Tensor | None,
+                 transposed: bool) -> list[Tensor]:
+    """The outputs that the mode has, forward without post, backward with it."""
+    outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, post, scale, out_scale, transposed)
     for t in (a, w, post, out, out8, out8_t):
         if t is not None and (t.shape[1] * t.itemsize % 16 or t.data_ptr() % 16):
             raise ValueError(f"{t.dtype} matrix {tuple(t.shape)}: rows or start are not at multiples of 16 bytes: pad "
@@ -655,38 +657,26 @@ def _run_relu_square(a, w, post, scale, out_scale, transposed) -> list[Tensor]:
     if a.itemsize > 4 or (a.itemsize == 4 and out8 is not None):
         raise ValueError(f"the kernel has no {a.dtype} operands{' for FP8 outputs' * (a.itemsize == 4)}: convert them.")
     bm, bn, bk, group, stages, warps, each = (RELU_SQUARE_FORWARD if post is None else RELU_SQUARE_BACKWARD)[a.itemsize]
-    part, tiled = bn // 4 if post is None else bn, TensorDescriptor.from_tensor
+    tiled = TensorDescriptor.from_tensor
     # The GPU's conversions saturate, the interpreter's do not.
     limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX
-    _relu_square_tiles[(_relu_square_programs(a) * each,)](
-        tiled(a, [bm, bk]), tiled(w, [bn, bk]), post, tiled(out, [bm, part]) if post is None else out, out8,
-        scale, out_scale, amax, *a.shape[:1], *w.shape, limit,
-        bm, bn, bk, group, num_stages=stages, num_warps=warps)  # fmt: skip
+    _relu_square_tiles[(_multiprocessors(a) * each,)](
+        tiled(a, [bm, bk]), tiled(w, [bn, bk]), post, tiled(out, [bm, bn // 4]) if post is None else out, out8,
+        scale, out_scale, amax, len(a), *w.shape, limit, bm, bn, bk, group, num_stages=stages, num_warps=warps)
     if out8_t is not None:  # Triton 3.6 stores wrong bytes when FP8 values are written both straight and turned
         _turn(out8.view(torch.uint8), out8_t.view(torch.uint32), 4, False)
     return [t for t in outputs if t is not None]
 
 
-@torch.library.custom_op("speedrun::relu_square_linear", mutates_args=())
-def relu_square_linear_kernel(x: Tensor, w: Tensor, scale: Tensor | None = None, post_scale: Tensor | None = None,
-                              transposed: bool = False) -> list[Tensor]:  # fmt: skip
-    """As relu_square_linear_reference, by the kernel."""
-    return _run_relu_square(x, w, None, scale, post_scale, transposed)
+_relu_square.register_fake(lambda *args: [t for t in _relu_square_outputs(*args) if t is not None])
 
 
-@torch.library.custom_op("speedrun::relu_square_backward", mutates_args=())
-def relu_square_backward_kernel(g: Tensor, w: Tensor, post: Tensor, scale: Tensor | None = None,
-                                dpre_scale: Tensor | None = None) -> list[Tensor]:  # fmt: skip
-    """As relu_square_backward_reference, by the kernel."""
-    return _run_relu_square(g, w, post, scale, dpre_scale, True)
+def relu_square_linear_kernel(x, w, scale=None, post_scale=None, transposed=False) -> list[Tensor]:
+    return _relu_square(x, w, None, scale, post_scale, transposed)
 
 
-relu_square_linear_kernel.register_fake(
-    lambda x, w, scale=None, post_scale=None, transposed=False:
-    [t for t in _relu_square_outputs(x, w, post_scale, transposed, False) if t is not None])  # fmt: skip
-relu_square_backward_kernel.register_fake(
-    lambda g, w, post, scale=None, dpre_scale=None:
-    [t for t in _relu_square_outputs(g, w, dpre_scale, True, True) if t is not None])  # fmt: skip
+def relu_square_backward_kernel(g, w, post, scale=None, dpre_scale=None) -> list[Tensor]:
+    return _relu_square(g, w, post, scale, dpre_scale, True)
 
 
 relu_square_linear = by_device(relu_square_linear_kernel, relu_square_linear_reference)
@@ -743,16 +733,6 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 
 CAP, SHIFT, WIDTH = 23.0, 5.0, 7.5
 MAX_TARGETS = 4
-E5M2_MAX = 57344.0  # the largest finite float8_e5m2; a cast alone would make larger values inf
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: tuple, device=None) -> None:
-    """ValueError, with all that x should be and is, unless it fits, is contiguous, of these dtypes and on device."""
-    device = device or x.device
-    if not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == device):
-        raise ValueError(f"{name} must be {wanted}, contiguous, on {device}, {' or '.join(map(str, dtypes))}, "
-                         f"not {x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}.")
 
 
 def _check_cross_entropy(logits, targets, weights, prefix, *dtypes: torch.dtype) -> None:
@@ -1207,7 +1187,7 @@ def orthogonalise_kernel(g: Tensor) -> Tensor:
     short, slots = min(rows, cols), triton.next_power_of_2(triton.cdiv(min(rows, cols), gram[1]))
     out, work = torch.empty_like(g), g.new_empty(count, rows * cols + 2 * short * short)
     counts = g.new_zeros(1 + count * (1 + slots), dtype=torch.int32)
-    programs = torch.cuda.get_device_properties(g.device).multi_processor_count if g.is_cuda else 3
+    programs = _multiprocessors(g)
     even = all(size % side == 0 for size in (rows, cols) for tile in (gram, step, x) for side in tile[:3])
     _orthogonalise[(programs,)](g, out, work, counts, count, rows, cols, rows > cols, even, slots, gram, step, x,
                                 num_warps=warps)
@@ -1238,7 +1218,7 @@ orthogonalise = by_device(orthogonalise_kernel, orthogonalise_reference, torch.b
 # src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
 # out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src
 # x     (M, N) or (B, M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
-# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2; empty with rows=False or columns=False
+# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2
 # scale ()  or, with a batch, (B,): fp32, in the device's memory      amax  () or (B,) fp32; NaN where x has one
 #
 # None of the three is differentiable.
@@ -1251,43 +1231,39 @@ TURN_WORD = None if INTERPRETED else (
     "cvt.rn.satfinite.{0}x2.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}")
 
 
-def _check_turn(name: str, x: Tensor, shape: Sequence[int] | None = None, dtypes: Sequence[torch.dtype] = ()) -> None:
-    if (x.ndim != 2 if shape is None else x.shape != shape) or 0 in x.shape or not x.is_contiguous():
-        raise ValueError(f"{name} has shape {tuple(x.shape)} and strides {x.stride()}: "
-                         f"pass it contiguous, {shape or '(M, N)'}, no empty one.")
-    if dtypes and x.dtype not in dtypes:
-        raise ValueError(f"{name} is {x.dtype}: pass one of {', '.join(map(str, dtypes))}.")
+def _check_turn(src: Tensor, dst: Tensor | None = None, dtypes: Sequence[torch.dtype] | None = None) -> None:
+    _expect("src", src, src.ndim == 2 and 0 not in src.shape, "(M, N), neither of them 0", dtypes or (src.dtype,))
+    if dst is not None:
+        _expect("dst", dst, dst.shape == src.shape[::-1], tuple(src.shape[::-1]), dtypes, src.device)
 
 
 def _check_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    _check_turn("x", x, x.shape if x.ndim == 3 else None)
-    if x.shape[-2] % 16 or x.shape[-1] % 16 or dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
-        raise ValueError(f"x has shape {tuple(x.shape)}, dtype is {dtype}: pass multiples of 16, and an FP8 dtype.")
-    if scale.shape not in ((), x.shape[:-2]) or scale.dtype != torch.float32 or scale.device != x.device:
-        raise ValueError(f"scale is {scale.dtype} {tuple(scale.shape)} on {scale.device}: pass float32, () or one per "
-                         f"matrix of x, on {x.device}.")
+    whole = x.ndim in (2, 3) and 0 not in x.shape and x.shape[-2] % 16 == x.shape[-1] % 16 == 0
+    _expect("x", x, whole, "(M, N) or (B, M, N), M and N multiples of 16", FLOATS)
+    _expect("scale", scale, scale.shape in ((), x.shape[:-2]), "() or one for each matrix of x", (torch.float32,),
+            x.device)
+    if dtype not in (E4M3, E5M2):
+        raise ValueError(f"dtype is {dtype}: pass {E4M3} or {E5M2}.")
 
 
 def transpose_copy_reference(src: Tensor) -> Tensor:
     """src' as defined above in plain PyTorch."""
-    _check_turn("src", src)
+    _check_turn(src)
     return src.t().contiguous()
 
 
 def transpose_add_reference_(dst: Tensor, src: Tensor) -> Tensor:
     """dst += src' as defined above in plain PyTorch."""
-    _check_turn("src", src, dst.shape[::-1])
+    _check_turn(src, dst, (torch.bfloat16, torch.float32, torch.float64))
     return dst.add_(src.t())
 
 
-def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
-                                 ) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(q, q_t, amax) as defined above in plain PyTorch."""
     _check_quantize(x, scale, dtype)
-    scaled = x.to(torch.promote_types(x.dtype, torch.float32)) * (1 / scale).expand(x.shape[:-2])[..., None, None]
+    scaled = x.float() * (1 / scale).expand(x.shape[:-2])[..., None, None]
     q = scaled.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    empty = q.new_empty(0)
-    return q if rows else empty, q.mT.contiguous() if columns else empty, x.abs().amax((-2, -1)).float()
+    return q, q.mT.contiguous(), x.abs().amax((-2, -1)).float()
 
 
 @jit
@@ -1333,17 +1309,15 @@ def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, amax_ptr, M, N, scale_st
         x = tl.load(x_ptr + src + r * N, mask=src_inside, other=0.0).to(tl.float32)
         bits = tl.maximum(bits, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # ordered as |x|, a NaN above all
         x = tl.clamp(x * inverse, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        if q_ptr is not None:
-            tl.store(q_ptr + src + r * N, x.to(DTYPE).to(tl.uint8, bitcast=True), mask=src_inside)
+        tl.store(q_ptr + src + r * N, x.to(DTYPE).to(tl.uint8, bitcast=True), mask=src_inside)
         parts = parts + (x,)
-    if t_ptr is not None:
-        if ASM is not None:
-            word = tl.inline_asm_elementwise(ASM, "=r,r,r,r,r", parts, tl.uint32, is_pure=True, pack=1)
-        else:
-            word = tl.zeros([BM, BN], tl.uint32)
-            for r in tl.static_range(4):
-                word |= parts[r].to(DTYPE).to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * r)
-        tl.store(t_ptr + batch * (M // 4) * N + dst, tl.trans(word), mask=dst_inside)
+    if ASM is not None:
+        word = tl.inline_asm_elementwise(ASM, "=r,r,r,r,r", parts, tl.uint32, is_pure=True, pack=1)
+    else:
+        word = tl.zeros([BM, BN], tl.uint32)
+        for r in tl.static_range(4):
+            word |= parts[r].to(DTYPE).to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * r)
+    tl.store(t_ptr + batch * (M // 4) * N + dst, tl.trans(word), mask=dst_inside)
     tl.atomic_max(amax_ptr + batch, tl.max(tl.max(bits, 1), 0), sem="relaxed")  # any order: repeatable
 
 
@@ -1356,12 +1330,11 @@ def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
 @torch.library.custom_op("speedrun::transpose_copy", mutates_args=())
 def transpose_copy_kernel(src: Tensor) -> Tensor:
     """src' as defined above, by the kernel."""
-    _check_turn("src", src)
-    size, out = src.element_size(), src.new_empty(src.shape[::-1])
-    if size not in TURN_UNSIGNED:
+    _check_turn(src)
+    if src.itemsize not in TURN_UNSIGNED:
         raise ValueError(f"src is {src.dtype}: its elements must have 1, 2 or 4 bytes.")
-    pack = 4 // size if len(src) * size % 4 == 0 else 1
-    _turn(src.view(TURN_UNSIGNED[size]), out.view(TURN_UNSIGNED[pack * size]), pack, False)
+    out, pack = src.new_empty(src.shape[::-1]), 4 // src.itemsize if len(src) * src.itemsize % 4 == 0 else 1
+    _turn(src.view(TURN_UNSIGNED[src.itemsize]), out.view(TURN_UNSIGNED[pack * src.itemsize]), pack, False)
     return out
 
 
@@ -1371,32 +1344,27 @@ transpose_copy_kernel.register_fake(lambda src: src.new_empty(src.shape[::-1]))
 @torch.library.custom_op("speedrun::transpose_add_", mutates_args=("dst",))
 def transpose_add_kernel_(dst: Tensor, src: Tensor) -> None:
     """dst += src' as defined above, by the kernel."""
-    _check_turn("dst", dst, None, (torch.bfloat16, torch.float32))
-    _check_turn("src", src, dst.shape[::-1], (torch.bfloat16, torch.float32))
+    _check_turn(src, dst, (torch.bfloat16, torch.float32))
     _turn(src, dst, 1, True)
 
 
 @torch.library.custom_op("speedrun::quantize_transpose", mutates_args=())
-def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True
-                              ) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(q, q_t, amax) as defined above, by the kernel."""
     _check_quantize(x, scale, dtype)
-    _check_turn("x", x, x.shape, (torch.bfloat16, torch.float16, torch.float32))
-    q, q_t, amax = _quantize_outputs(x, scale, dtype, rows, columns)
-    (m, n), (bm, bn), e4m3 = x.shape[-2:], (16, 128), dtype == torch.float8_e4m3fn
-    grid = (triton.cdiv(m // 4, bm) * triton.cdiv(n, bn), x.numel() // (m * n))
-    _quantize_transpose[grid](
-        x, scale, q.view(torch.uint8) if rows else None, q_t.view(torch.uint32) if columns else None,
-        amax.view(torch.int32), m, n, scale.ndim, DTYPE=tl.float8e4nv if e4m3 else tl.float8e5,
-        LIMIT=torch.finfo(dtype).max, ASM=TURN_WORD and TURN_WORD.format("e4m3" if e4m3 else "e5m2"),
-        BM=bm, BN=bn, num_warps=4)
+    q, q_t, amax = _quantize_outputs(x, scale, dtype)
+    (m, n), (bm, bn), e4m3 = x.shape[-2:], (16, 128), dtype == E4M3
+    _quantize_transpose[triton.cdiv(m // 4, bm) * triton.cdiv(n, bn), x.numel() // (m * n)](
+        x, scale, q.view(torch.uint8), q_t.view(torch.uint32), amax.view(torch.int32), m, n, scale.ndim,
+        DTYPE=tl.float8e4nv if e4m3 else tl.float8e5, LIMIT=torch.finfo(dtype).max,
+        ASM=TURN_WORD and TURN_WORD.format("e4m3" if e4m3 else "e5m2"), BM=bm, BN=bn, num_warps=4)
     return q, q_t, amax
 
 
 @quantize_transpose_kernel.register_fake
-def _quantize_outputs(x, scale, dtype, rows=True, columns=True):
-    q, q_t = (x.new_empty(y.shape if wanted else 0, dtype=dtype) for y, wanted in ((x, rows), (x.mT, columns)))
-    return q, q_t, x.new_zeros(x.shape[:-2], dtype=torch.float32)
+def _quantize_outputs(x, scale, dtype):
+    return (x.new_empty(x.shape, dtype=dtype), x.new_empty(x.mT.shape, dtype=dtype),
+            x.new_zeros(x.shape[:-2], dtype=torch.float32))
 
 
 transpose_copy = by_device(transpose_copy_kernel, transpose_copy_reference)

@@ -210,8 +210,8 @@ def test_a_glob_without_a_file_is_refused(refused, shards, tmp_path, what):
 
 
 @pytest.mark.parametrize("preset, remedy", [
-    ("official", "python data/cached_fineweb10B.py 9`"),
-    ("smoke", "python data/local_text.py`"),
+    ("official", "data/cached_fineweb10B.py 9`"),
+    ("smoke", "data/local_text.py`"),
     ("corpus", "data/README.md"),
 ])
 def test_a_presets_missing_shards_are_refused_with_what_makes_them(refused, monkeypatch, tmp_path, preset, remedy):
@@ -227,7 +227,21 @@ def test_too_few_shards_of_the_official_track_are_refused_with_what_fetches_them
     monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
     stderr = refused([], "found 3", "stop_after=")
     needed = int(re.search(r"needs about (\d+) shards", stderr)[1])
-    assert f"python data/cached_fineweb10B.py {needed}`" in stderr and needed > 1000
+    assert f" data/cached_fineweb10B.py {needed}`" in stderr and needed > 1000
+
+
+def test_the_remedy_names_a_python_that_is_this_one(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
+    python = re.search(r"run `(\S+) data/", refused(["preset=smoke"]))[1]
+    done = subprocess.run([python, "-c", "import sys; print(sys.prefix)"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == sys.prefix
+
+
+def test_a_python_off_the_path_is_named_by_its_own_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert train_gpt.python_command() == sys.executable
+    monkeypatch.setattr(train_gpt, "ROOT", Path(sys.executable).parents[1])
+    assert train_gpt.python_command() == os.path.join("bin", os.path.basename(sys.executable))
 
 
 @pytest.mark.parametrize("preset", ["smoke", "official"])
