@@ -1182,8 +1182,8 @@ def orthogonalise_kernel(g: Tensor) -> Tensor:
     """orthogonalise as defined above, by the kernel."""
     _check_matrices("g", g, *FLOATS)
     (count, rows, cols), (gram, step, x, warps) = g.shape, _symmetric_plan(g)
-    if g.is_cuda and (rows % 16 or cols % 16):  # unaligned tall matrices came out as NaN on an H200, cause not found
-        return orthogonalise_reference(g)
+    if g.is_cuda and (rows % 16 or cols % 16):  # rows and columns of zeros change nothing, and keep all loads aligned
+        return orthogonalise_kernel(F.pad(g, (0, -cols % 16, 0, -rows % 16)))[:, :rows, :cols].contiguous()
     short, slots = min(rows, cols), triton.next_power_of_2(triton.cdiv(min(rows, cols), gram[1]))
     out, work = torch.empty_like(g), g.new_empty(count, rows * cols + 2 * short * short)
     counts = g.new_zeros(1 + count * (1 + slots), dtype=torch.int32)

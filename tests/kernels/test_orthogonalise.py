@@ -136,21 +136,19 @@ def test_kernels_at_random_shapes():
     for seed in range(4):
         shape = tuple(int(torch.randint(1, high, (), generator=generator)) for high in (4, top, top))
         assert_products_match(shape, DTYPES[seed % 2], seed)
-        if CUDA:  # where 16 does not divide a side, the reference stands in for the kernel
-            shape = shape[0], *(16 * -(-side // 16) for side in shape[1:])
         assert_orthogonalises(matrices(shape, DTYPES[seed % 2], seed))
 
 
 @runs_kernel
 @pytest.mark.parametrize("factor", [1e-30, 1e-9, 1e-3, 1e3, 1e7])
 def test_kernel_orthogonalises_at_every_scale(factor):
-    g = matrices((2, 32, 48) if CUDA else (2, 20, 40), DTYPES[1] if CUDA else F32) * factor
+    g = matrices((2, 20, 40), DTYPES[1] if CUDA else F32) * factor
     assert_orthogonalises(g, rounds=5)
 
 
 @runs_kernel
 def test_kernel_keeps_matrices_apart():
-    g = matrices((4, 32, 16) if CUDA else (4, 20, 17), DTYPES[0])
+    g = matrices((4, 20, 17), DTYPES[0])
     g[1] = 0
     whole = tk.orthogonalise_kernel(g)
     assert (whole[1] == 0).all()
@@ -161,7 +159,7 @@ def test_kernel_keeps_matrices_apart():
 
 @runs_kernel
 def test_kernel_takes_more_matrices_than_programs():
-    shape = (9, 3, 4) if DEVICE == "cpu" else (400, 80, 48)
+    shape = (9, 3, 4) if DEVICE == "cpu" else (400, 75, 45)
     g = matrices(shape, DTYPES[1])
     assert_orthogonalises(g)
 
