@@ -59,6 +59,18 @@ def test_library_mode_takes_pytorchs_attention_and_no_kernel():
     assert chosen.attention is tk.attention_library and "kernel" not in kind.values()
 
 
+@pytest.mark.skipif(tk.gluon is tk.PLAIN, reason="this Triton has no Gluon")
+def test_the_hopper_kernel_compiles_where_no_gpu_is():
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+    block = f"tensordesc<bf16[128, 64],{tk._hopper_layout(128, 64)!r}>"
+    source = GluonASTSource(tk._hopper_relu_square_backward, dict.fromkeys(("g", "w", "post", "dpre"), block), {}, {})
+    kernel = tk.triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
+    assert kernel.metadata.shared <= 227 * 1024
+    for instruction in ("wgmma.mma_async.sync.aligned.m64n128k16", "cp.async.bulk.tensor", "setmaxnreg"):
+        assert instruction in kernel.asm["ptx"]
+
+
 def test_every_operation_has_a_row_in_the_table():
     assert set(tk.CAPABILITIES) == set(tk.Kernels._fields) == set(kinds(CPU))
 
