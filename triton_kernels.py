@@ -777,6 +777,7 @@ def _relu_square(a: Tensor, w: Tensor, post: Tensor | None, scale: Tensor | None
         _run_hopper_backward(a, w, post, out)
         return [out]
     bm, bn, bk, group, stages, warps = RELU_SQUARE_TILES[a.itemsize]
+    stages -= post is not None  # post needs the shared memory of one on its way to the products' layout
     tiled = TensorDescriptor.from_tensor
     # The GPU's conversions saturate, the interpreter's do not.
     limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX

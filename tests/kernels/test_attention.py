@@ -157,8 +157,10 @@ def test_two_runs_are_bitwise_one():
     ({"value": torch.zeros(5, 3), "value_gate": torch.zeros(5, 2)}, r"value has shape \(5, 3\).*\(5, 128\)"),
 ])
 def test_wrong_arguments_are_named(change, message):
-    where = tk.documents(torch.tensor([0, 5], dtype=torch.int32), 5, 5)
+    where = tk.documents(torch.tensor([0, 5], dtype=torch.int32, device=DEVICE), 5, 5)
     good = {"qkv": torch.zeros(5, 384), "documents": where, "heads": 2, "width": 64, "v_width": 64, "window": 3,
             "scale": 0.1}
+    arguments = {name: value.to(DEVICE, DTYPES[0]) if isinstance(value, torch.Tensor) else value
+                 for name, value in (good | change).items()}
     with pytest.raises(ValueError, match=message):
-        tk.attention(**(good | change))
+        tk.attention(**arguments)
