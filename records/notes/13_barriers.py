@@ -1,9 +1,10 @@
-"""Simulation of mlp_gluon.py's barrier protocol under random interleavings: python sim.py [runs] [seed].
+"""Simulation of the barriers of triton_kernels.py's _hopper_relu_square_backward: python 13_barriers.py [runs] [seed].
 
-One program (CTA): producer, two consumers, and the asynchronous engines (TMA loads and stores, wgmma), each as a
-generator; a scheduler picks any runnable one. Waits, arrivals, phases and counts are those of the kernel. Found are:
-deadlock, data overwritten before or while they are read, wrong data read, a parity that aliases another phase, barrier
-overflow, missing or doubled outputs, TMA stores still unread at the end. `BUGS` are mutations that it must find.
+One program: the loading warp, two groups that multiply in turns, and the asynchronous engines (loads, stores,
+products), each a generator; a scheduler picks any runnable one. Waits, arrivals, phases and counts are the kernel's.
+Found are: deadlock, data overwritten before or while they are read, wrong data read, a parity that stands for another
+phase, barrier overflow, missing or doubled outputs, stores still unread at the end. `BUGS` are mutations that it must
+find.
 """
 import random
 import sys
