@@ -248,7 +248,7 @@ if __name__ == "__main__":
         except Fault as fault:
             print("FAULT", n, fault, {k: v for k, v in vars(program).items() if isinstance(v, (int, list)) and k not in
                                       ("full", "empty", "a", "w", "parts_of", "tasks", "loaded")})
-            raise SystemExit(1)
+            raise SystemExit(1) from None
     print(f"{runs} programs without fault")
     for bug in BUGS:
         found = {}
