@@ -1,4 +1,4 @@
-"""The trainer's GPU kernels, written in Triton, each beside the plain PyTorch reference that defines it.
+"""The trainer's GPU kernels, written in Triton (one in Gluon), each beside the plain PyTorch reference that defines it.
 
 A section has its equation, shapes, dtypes and sources; NAME_reference, in plain PyTorch; the kernels, behind an opaque
 operator of the "speedrun" namespace, so torch.compile(fullgraph=True) takes it; and NAME, its public function, with
@@ -56,6 +56,7 @@ def by_device(kernel: Callable, reference: Callable, *dtypes: torch.dtype) -> Ca
         return (kernel if runs else reference)(*args, **options)
     function.__name__ = function.__qualname__ = reference.__name__.replace("_reference", "")
     return function
+
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
