@@ -3,7 +3,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -108,16 +108,9 @@ def find_logs(folder: str | Path) -> list[Path]:
 def read_log(path: str | Path) -> Log:
     """Reads one log, line by line whatever its size. Raises LogError."""
     path = Path(path)
-    try:
-        if path.stat().st_size == 0:
-            raise LogError(f"{path} is empty: it is no log of a run")
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            sources, start, ours = embedded_sources(data)
-            reader = Reader(path, ours)
-            data.seek(start)
-            reader.read(iter(data.readline, b""), 1 + data[:start].count(b"\n"))
-    except OSError as error:
-        raise LogError(f"cannot read {path}: {error.strerror}") from None
+    sources, start, ours = parts(path)
+    reader = Reader(path, ours)
+    reader.read(lines_from(path, start))
     if not reader.steps:
         raise LogError(f"{path} has no step line: it is no log of a run, or the run was cut off before its first step")
     dialect = "ours" if ours else "modded" if reader.steps[0].total is not None else "llmc"
@@ -128,8 +121,27 @@ def read_log(path: str | Path) -> Log:
     return Log(path, run_id, dialect, sources, environment, reader.config, tuple(reader.steps), result, seed)
 
 
+def parts(path: Path) -> tuple[dict[str, str], int, bool]:
+    """The sources at the top of a log, the offset of the first byte after them and whether it is ours. LogError."""
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise LogError(f"{path} is empty: it is no log of a run")
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return embedded_sources(data)
+    except OSError as error:
+        raise LogError(f"cannot read {path}: {error.strerror}") from None
+
+
+def lines_from(path: Path, start: int) -> Iterator[tuple[int, str]]:
+    """Lines from an offset in bytes on, without trailing spaces, with their numbers in the file."""
+    with open(path, "rb") as file:
+        first = 1 + file.read(start).count(b"\n")
+        for number, line in enumerate(file, first):
+            yield number, decode(line).rstrip()
+
+
 def embedded_sources(data: mmap.mmap) -> tuple[dict[str, str], int, bool]:
-    """The sources at the top of a log, the offset of the first byte after them and whether the log is ours."""
+    """See `parts`."""
     if not TITLE.match(data):
         return (*foreign_sources(data), False)
     sources, name, begin = {}, None, 0
@@ -143,7 +155,7 @@ def embedded_sources(data: mmap.mmap) -> tuple[dict[str, str], int, bool]:
 
 
 def foreign_sources(data: mmap.mmap) -> tuple[dict[str, str], int]:
-    """Sources and the offset after them: all before the first rule, or between the first two, if it imports anything."""
+    """Sources and the offset after them: what stands before the first rule, or between two, if it imports anything."""
     begin, end = 0, rule_offset(data, 0)
     if end == 0:
         begin = data.find(b"\n") + 1
@@ -176,10 +188,9 @@ class Reader:
         self.environment, self.config, self.steps, self.result, self.peak, self.run_id = {}, {}, [], {}, {}, None
         self.gpus, self.last = [], (self.environment, "header")  # the entry that a row below belongs to
 
-    def read(self, lines: Iterable[bytes], first: int) -> None:
-        """Takes every line; `first` is the number of the first in the file. Raises LogError."""
-        for number, raw in enumerate(lines, first):
-            line = decode(raw).rstrip()
+    def read(self, lines: Iterable[tuple[int, str]]) -> None:
+        """Takes every line with its number. Raises LogError."""
+        for number, line in lines:
             try:
                 self.take(line)
             except ValueError as error:
