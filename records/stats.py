@@ -2,6 +2,7 @@
 import hashlib
 import math
 import re
+import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -91,8 +92,8 @@ def check_distinct(logs: list[Log], what: str, key: Callable[[Log], object]) -> 
 def check_same(logs: list[Log], what: str, key: Callable[[Log], object]) -> None:
     for log in logs:
         if key(log) != key(logs[0]):
-            raise LogError(f"{logs[0].path} and {log.path} differ in {what}, {key(logs[0])} and {key(log)}: "
-                           "take runs of one thing")
+            one, two = (textwrap.shorten(str(key(each)), 60, placeholder="...") for each in (logs[0], log))
+            raise LogError(f"{logs[0].path} and {log.path} differ in {what}, {one} and {two}: take runs of one thing")
 
 
 def check_pair(sets: list[list[Log]]) -> None:

@@ -44,7 +44,7 @@ def replaced(path: Path, text: str, tables: str) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
         raise LogError(f"{path} needs the line {BEGIN} and after it the line {END}, each once")
-    return f"{before}{BEGIN}\n{tables}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
 
 
 def leaderboards(root: Path, base: Path) -> str:
