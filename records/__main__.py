@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
-        return fail(f"cannot use {error.filename}: {error.strerror}")
+        return fail(f"cannot use {error.filename or 'the output'}: {error.strerror}")
 
 
 if __name__ == "__main__":

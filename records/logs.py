@@ -25,6 +25,8 @@ GPU_ROW = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # of nvidia-s
 PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d+) MiB(?: reserved: (\d+) MiB)?")
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 GPU_NAME = re.compile(r"\b([A-Z]{1,3}\d{2,4}[A-Z]*|RTX (?:PRO )?[A-Z]?\d{4})\b")
+RESULT = {"val_loss": (int, float), "train_time_ms": (int, float), "steps": int}  # what every result of ours has
+OPTIONAL = {"scheduled_steps": int, "tokens": int, "seed": int, "processes": int, "hardware": str}
 MEND = "take the line from the original log, or delete it if the run was cut off there"
 UNTIMED_STEPS = 10  # modded-nanogpt's clock of 2024 and early 2025 starts again at this step
 
@@ -283,14 +285,14 @@ def check_order(last: Step | None, step: Step, ours: bool) -> None:
 
 
 def parse_result(line: str) -> dict:
-    """Our last line. Raises ValueError if it is cut off or lacks a number that every result has."""
+    """Our last line. Raises ValueError if it is cut off, lacks what every result has or holds another type."""
     try:
         result = json.loads(line)
     except json.JSONDecodeError:
         raise ValueError("the result is cut off: without this line the run counts as unfinished") from None
-    for key in ("val_loss", "train_time_ms", "steps"):
-        if type(result.get(key)) not in (int, float):
-            raise ValueError(f"the result has no number {key!r}")
+    for key, kind in (RESULT | OPTIONAL).items():
+        if (key in RESULT or key in result) and not isinstance(result.get(key), kind):
+            raise ValueError(f"the result's {key} is {result.get(key)!r}: {MEND}")
     return result
 
 

@@ -133,8 +133,9 @@ def runs_needed(mean: float, sd: float, n: int, target: float) -> int | None:
 def describe(logs: list[Log], target: float) -> list[str]:
     """Lines about one set."""
     seeds = ", ".join(str(log.seed) for log in logs if log.seed is not None) or "unknown"
-    lines = [f"{len(logs)} runs of {track(logs[0])} on {logs[0].hardware_class}, {logs[0].result['steps']} steps, "
-             f"seeds {seeds}".replace("1 runs", "1 run", len(logs) == 1),
+    many = "s" * (len(logs) > 1)
+    lines = [f"{len(logs)} run{many} of {track(logs[0])} on {logs[0].hardware_class}, {logs[0].result['steps']} steps, "
+             f"seed{many} {seeds}",
              f"{'':10}{'n':>4}{'mean':>12}{'sd':>12}{'min':>12}{'max':>12}"]
     for name, values, digits in (("val loss", losses(logs), 5), ("time, s", seconds(logs), 3)):
         if values is not None:

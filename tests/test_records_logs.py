@@ -28,7 +28,8 @@ MODDED = ("step:0/20 val_loss:10.8258 train_time:0ms step_avg:0.02ms\n"
 
 
 def ours(path: Path, seed: int = 0, val_loss: float = 3.27, ms: int = 2000, steps: int = 20, finished: bool = True,
-         end: int = 2, hardware: str = "8x NVIDIA H100 80GB HBM3, compute capability 9.0", source: str = SOURCE, **config) -> Path:
+         end: int = 2, hardware: str = "8x NVIDIA H100 80GB HBM3, compute capability 9.0", source: str = SOURCE,
+         **config) -> Path:
     """Writes a log of ours, of the least size."""
     config = {"preset": "official", "name": path.parent.name, "seed": seed, **config}
     lines = [line for name in ("train_gpt.py", "triton_kernels.py") for line in (RULE, f"source: {name}", RULE, source)]
@@ -277,8 +278,9 @@ def test_a_clock_of_ours_never_goes_backwards(tmp_path):
 
 
 @pytest.mark.parametrize("result,reason", [
-    ('{"val_loss": 3.2, "train_t', "the result is cut off"), ('{"val_loss": "low"}', "has no number 'val_loss'"),
-    ('{"val_loss": 3.2, "train_time_ms": 1}', "has no number 'steps'")])
+    ('{"val_loss": 3.2, "train_t', "the result is cut off"), ('{"val_loss": "low"}', "val_loss is 'low'"),
+    ('{"val_loss": 3.2, "train_time_ms": 1}', "steps is None"),
+    ('{"val_loss": 3.2, "train_time_ms": 1, "steps": 2, "tokens": "many"}', "tokens is 'many'")])
 def test_a_broken_result_is_named(tmp_path, result, reason):
     path = ours(tmp_path / "log.txt", finished=False)
     path.write_text(path.read_text() + result)

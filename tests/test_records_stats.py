@@ -12,7 +12,7 @@ from test_records_logs import MODDED, RULE, SOURCE, UUID, ours
 
 from records import __main__ as command
 from records import check, stats, table
-from records.logs import LogError, read_log
+from records.logs import read_log
 
 LOSSES, TIMES = [3.2781, 3.2769, 3.2795, 3.2774], [81000, 81200, 80900, 81050]
 
@@ -380,6 +380,9 @@ def test_the_module_is_a_program(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
-def test_errors_are_of_one_kind():
-    with pytest.raises(LogError):
-        stats.stats([])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_an_output_that_cannot_be_written_is_one_sentence(runs):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "records", "stats", *runs], cwd=ROOT, text=True, stdout=full,
+                              stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 2 and done.stderr == "error: cannot use the output: No space left on device\n"
