@@ -1,0 +1,1 @@
+"""Tools for the logs of this folder; `python -m records` lists them."""

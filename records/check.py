@@ -1,0 +1,74 @@
+"""python -m records check: is every record folder complete and readable?"""
+import datetime
+import re
+from pathlib import Path
+
+from records.logs import Log, LogError, find_logs, lines_from, parts, read_log
+
+RECORDS = Path(__file__).resolve().parent
+RUNS = "runs"  # every run's log, not committed
+DATED = re.compile(r"(\d{4}-\d\d-\d\d)_\w[\w.+-]*")
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|opt|tmp)\b\S*")
+
+
+def check(argv: list[str]) -> int:
+    """Prints a line for every problem and returns 1 if there is one. Raises LogError for arguments."""
+    if argv:
+        raise LogError("check takes no arguments: write `python -m records check`")
+    folders = [folder for track in record_folders(RECORDS).values() for folder in track]
+    problems = [problem for folder in folders for problem in folder_problems(folder)]
+    logs = sum(len(find_logs(folder)) for folder in folders)
+    print("\n".join(problems) or f"{len(folders)} folders, {logs} logs: in order")
+    return 1 if problems else 0
+
+
+def record_folders(root: Path) -> dict[str, list[Path]]:
+    """Track to its folders: a track is a folder under `root` with a subfolder whose name begins with a date."""
+    tracks = {}
+    for track in sorted(root.iterdir()):
+        folders = sorted(path for path in track.glob("*/") if not path.name.startswith((".", "__")))
+        if track.name != RUNS and any(re.match(r"\d{4}-\d\d-\d\d", folder.name) for folder in folders):
+            tracks[track.name] = folders
+    return tracks
+
+
+def folder_problems(folder: Path) -> list[str]:
+    """Sentences about one record folder, those about its logs included."""
+    name, problems = f"{folder.parent.name}/{folder.name}", []
+    if not real_date(folder.name):
+        problems.append(f"{name} is not named YYYY-MM-DD_Name with a date of the calendar")
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    if not text.strip():
+        problems.append(f"{name} has no README.md, or an empty one")
+    logs = find_logs(folder)
+    if not logs:
+        problems.append(f"{name} has no log")
+    return problems + [f"{name}/{path.name} {problem}" for path in logs for problem in log_problems(path, text)]
+
+
+def real_date(name: str) -> bool:
+    match = DATED.fullmatch(name)
+    try:
+        return bool(match and datetime.date.fromisoformat(match[1]))
+    except ValueError:
+        return False
+
+
+def log_problems(path: Path, readme: str) -> list[str]:
+    """What is amiss in one log, as predicates of it."""
+    try:
+        log = read_log(path)
+    except LogError as error:
+        return [f"cannot be read: {error}"]
+    problems = [f"lacks the source {name}" for name in needed_sources(log) if not log.sources.get(name, "").strip()]
+    if not log.finished and not (log.run_id[:8] in readme and "cut off" in readme):
+        problems.append(f"has no result, and the README does not say that {log.run_id[:8]} was cut off")
+    for number, line in lines_from(path, parts(path)[1]):
+        if match := MACHINE_PATH.search(line):
+            problems.append(f"names a path of a machine in line {number}: {match[0]}")
+    return problems
+
+
+def needed_sources(log: Log) -> tuple[str, ...]:
+    return ("train_gpt.py", "triton_kernels.py") if log.dialect == "ours" else ("train_gpt.py",)

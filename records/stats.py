@@ -1,0 +1,183 @@
+"""python -m records stats: is the mean val loss below the target, and do two sets of runs differ?"""
+import hashlib
+import math
+import re
+import textwrap
+from collections.abc import Callable
+
+import numpy as np
+import scipy.stats
+
+from records.logs import Log, LogError, read_log
+
+TARGET, LEVEL, MOST_RUNS = 3.28, 0.01, 10**6
+USAGE = "write `python -m records stats LOG... [--target 3.28] [--against LOG...]`"
+APART = {"seed", "trials", "name", "val_every", "log_every", "log_dir"}  # settings that do not change the training
+
+
+def stats(argv: list[str]) -> int:
+    """Prints what a set of logs says of its mean, and of a second set's. Raises LogError for sets that do not fit."""
+    first, second, target = parse_arguments(argv)
+    sets = [[read_log(path) for path in paths] for paths in (first, second) if paths]
+    check_pair(sets)
+    for logs in sets:
+        print("\n".join(describe(logs, target)))
+    if len(sets) == 2:
+        print("\n".join(compare(*sets)))
+    return 0
+
+
+def parse_arguments(argv: list[str]) -> tuple[list[str], list[str], float]:
+    """Paths of the first and of the second set, and the target. Raises LogError."""
+    sets, target, words = [[]], TARGET, iter(argv)
+    for word in words:
+        if word == "--target":
+            text = next(words, "nothing")
+            if not re.fullmatch(r"\d+\.?\d*", text):
+                raise LogError(f"--target needs a number, not {text}: {USAGE}")
+            target = float(text)
+        elif word in ("--", "--against"):
+            sets.append([])
+        elif word.startswith("-"):
+            raise LogError(f"unknown option {word}: {USAGE}")
+        else:
+            sets[-1].append(word)
+    if len(sets) > 2 or not all(sets):
+        raise LogError(f"{'more than two sets' if len(sets) > 2 else 'a set without logs'}: {USAGE}")
+    return sets[0], sets[1] if len(sets) == 2 else [], target
+
+
+def track(log: Log) -> str:
+    """The preset, or the track's folder where the log knows no preset and lies in a record folder."""
+    dated = re.match(r"\d{4}-\d\d-\d\d_", log.path.absolute().parent.name)
+    return log.config.get("preset") or (log.path.absolute().parent.parent.name if dated else "unknown")
+
+
+def source_hash(log: Log) -> str:
+    """First 12 hexadecimal digits over names and texts of the sources; "" where there are none."""
+    return hashlib.sha256(repr(sorted(log.sources.items())).encode()).hexdigest()[:12] if log.sources else ""
+
+
+def settings(log: Log) -> tuple[tuple[str, str], ...]:
+    """The configuration as far as it bears on the training, the seed apart."""
+    return tuple(sorted((key, value) for key, value in log.config.items() if key not in APART))
+
+
+def check_set(logs: list[Log]) -> None:
+    """Raises LogError unless the logs are finished runs of one thing that differ in their seeds."""
+    for log in logs:
+        if not log.finished:
+            raise LogError(f"{log.path} is unfinished: leave it out")
+        if not math.isfinite(log.val_loss):
+            raise LogError(f"{log.path} ends with val_loss {log.val_loss}: the run diverged, leave it out")
+    check_distinct(logs, "run", lambda log: log.run_id)
+    check_distinct(logs, "seed", lambda log: log.seed)
+    check_same(logs, "track", track)
+    check_same(logs, "source", source_hash)
+    check_same(logs, "hardware", lambda log: log.hardware_class)
+    check_same(logs, "number of steps", lambda log: log.result["steps"])
+    for key in sorted({key for log in logs for key, _ in settings(log)}):
+        check_same(logs, f"setting {key}", lambda log, key=key: log.config.get(key))
+
+
+def check_distinct(logs: list[Log], what: str, key: Callable[[Log], object]) -> None:
+    seen = {}
+    for log in logs:
+        value = key(log)
+        if value in seen and value is not None:
+            raise LogError(f"{seen[value].path} and {log.path} have the same {what}, {value}: give each run once")
+        seen[value] = log
+
+
+def check_same(logs: list[Log], what: str, key: Callable[[Log], object]) -> None:
+    for log in logs:
+        if key(log) != key(logs[0]):
+            one, two = (textwrap.shorten(str(key(each)), 60, placeholder="...") for each in (logs[0], log))
+            raise LogError(f"{logs[0].path} and {log.path} differ in {what}, {one} and {two}: take runs of one thing")
+
+
+def check_pair(sets: list[list[Log]]) -> None:
+    """Raises LogError unless each set is in order and no run is in both; they may differ in source, steps, hardware."""
+    for logs in sets:
+        check_set(logs)
+    check_distinct([log for logs in sets for log in logs], "run", lambda log: log.run_id)
+    check_same([logs[0] for logs in sets], "track", track)
+
+
+def losses(logs: list[Log]) -> np.ndarray:
+    return np.array([log.val_loss for log in logs])
+
+
+def seconds(logs: list[Log]) -> np.ndarray | None:
+    """Training times; None if a log has none."""
+    times = [log.train_time_ms for log in logs]
+    return None if None in times else np.array(times) / 1e3
+
+
+def below(values: np.ndarray, target: float) -> float | None:
+    """One-sided p of a mean below the target, by Student's t; None for one value or no spread."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return None
+    return float(scipy.stats.ttest_1samp(values, target, alternative="less").pvalue)
+
+
+def runs_needed(mean: float, sd: float, n: int, target: float) -> int | None:
+    """The least count of runs from n on whose p is below LEVEL at this mean and sd; None if there is none to be had."""
+    if mean >= target:
+        return None
+    counts = np.arange(n, MOST_RUNS)
+    enough = scipy.stats.t.cdf((mean - target) / sd * np.sqrt(counts), counts - 1) < LEVEL
+    return int(counts[enough.argmax()]) if enough.any() else None
+
+
+def describe(logs: list[Log], target: float) -> list[str]:
+    """Lines about one set."""
+    seeds = ", ".join(str(log.seed) for log in logs if log.seed is not None) or "unknown"
+    many = "s" * (len(logs) > 1)
+    lines = [f"{len(logs)} run{many} of {track(logs[0])} on {logs[0].hardware_class}, {logs[0].result['steps']} steps, "
+             f"seed{many} {seeds}",
+             f"{'':10}{'n':>4}{'mean':>12}{'sd':>12}{'min':>12}{'max':>12}"]
+    for name, values, digits in (("val loss", losses(logs), 5), ("time, s", seconds(logs), 3)):
+        if values is not None:
+            sd = f"{values.std(ddof=1):.{digits}f}" if len(values) > 1 else "-"
+            lines.append(f"{name:10}{len(values):4}{values.mean():12.{digits}f}{sd:>12}{values.min():12.{digits}f}"
+                         f"{values.max():12.{digits}f}")
+    return [*lines, verdict(losses(logs), target)]
+
+
+def verdict(values: np.ndarray, target: float) -> str:
+    """The sentence about the target."""
+    p = below(values, target)
+    if p is None:
+        return f"mean below {target:g}: no p, {'one run has no spread' if len(values) < 2 else 'all losses are equal'}"
+    sentence = f"mean below {target:g}: p = {p:.3g} (one-sided t-test)"
+    if p < LEVEL:
+        return f"{sentence}, below {LEVEL}"
+    if values.mean() >= target:
+        return f"{sentence}; no number of runs with this mean reaches p < {LEVEL}"
+    needed = runs_needed(values.mean(), values.std(ddof=1), len(values), target)
+    more = f"{needed - len(values)}" if needed else f"over {MOST_RUNS:,}"
+    return f"{sentence}; {more} more of the same mean and sd until p < {LEVEL}"
+
+
+def compare(first: list[Log], second: list[Log]) -> list[str]:
+    """Lines about the difference of two sets, first minus second."""
+    if min(len(first), len(second)) < 2:
+        return ["difference: no test, a set of one run has no spread"]
+    lines = ["difference, first minus second (95% confidence interval; Welch's test, two-sided)"]
+    for name, one, two, digits in (("val loss", losses(first), losses(second), 5),
+                                   ("time, s", seconds(first), seconds(second), 3)):
+        if name == "time, s" and first[0].hardware_class != second[0].hardware_class:
+            lines.append(f"{name:10}not compared: {first[0].hardware_class} and {second[0].hardware_class}")
+        elif one is not None and two is not None:
+            lines.append(f"{name:10}{welch(one, two, digits)}")
+    return lines
+
+
+def welch(one: np.ndarray, two: np.ndarray, digits: int) -> str:
+    difference = f"{one.mean() - two.mean():+.{digits}f}"
+    if np.ptp(one) == np.ptp(two) == 0:
+        return f"{difference}, no p: neither set has a spread"
+    test = scipy.stats.ttest_ind(one, two, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return f"{difference} ({low:+.{digits}f} to {high:+.{digits}f}), p = {test.pvalue:.3g}"

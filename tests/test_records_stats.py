@@ -1,0 +1,388 @@
+"""The tests of means, the leaderboards and the check of the record folders say what the logs say."""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ROOT
+from test_records_logs import MODDED, RULE, SOURCE, UUID, ours
+
+from records import __main__ as command
+from records import check, stats, table
+from records.logs import read_log
+
+LOSSES, TIMES = [3.2781, 3.2769, 3.2795, 3.2774], [81000, 81200, 80900, 81050]
+
+
+def log_path(folder: Path, seed: int) -> Path:
+    return folder / f"{UUID.format(seed)}.txt"
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[str]:
+    """Paths of four runs with seeds 0 to 3."""
+    folder = tmp_path / "2026-01-02_Runs"
+    return [str(ours(log_path(folder, seed), seed, loss, ms))
+            for seed, (loss, ms) in enumerate(zip(LOSSES, TIMES, strict=True))]
+
+
+@pytest.fixture
+def others(tmp_path) -> list[str]:
+    """Three runs of another source and other numbers, with seeds that the first set has too."""
+    folder = tmp_path / "2026-01-03_Others"
+    return [str(ours(log_path(folder, 4 + seed), seed, loss, ms, steps=30, source="import os\n"))
+            for seed, (loss, ms) in enumerate([(3.2760, 79000), (3.2772, 79500), (3.2755, 79100)])]
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command line; gives its exit code, its output and its errors."""
+    def run(*argv: str) -> tuple[int, str, str]:
+        code = command.main(list(argv))
+        return code, *capsys.readouterr()
+    return run
+
+
+def refused(run, *argv: str) -> str:
+    """The sentence with which a command line is refused."""
+    code, out, sentence = run(*argv)
+    assert code == 2 and out == "" and sentence.startswith("error: ") and sentence.count("\n") == 1
+    return sentence
+
+
+########################################
+#               stats                  #
+########################################
+
+
+def test_stats_gives_mean_deviation_and_extremes_of_loss_and_time(run, runs):
+    code, out, _ = run("stats", *runs)
+    head, _, loss, seconds, _ = out.splitlines()
+    assert code == 0 and head == "4 runs of official on 8xH100, 20 steps, seeds 0, 1, 2, 3"
+    for row, values, digits in ((loss, np.array(LOSSES), 5), (seconds, np.array(TIMES) / 1e3, 3)):
+        numbers = [values.mean(), values.std(ddof=1), values.min(), values.max()]
+        assert row.split()[-5:] == ["4", *(f"{number:.{digits}f}" for number in numbers)]
+
+
+def test_p_is_student_s_one_sided(run, runs):
+    values = np.array(LOSSES)
+    t = (values.mean() - 3.28) / (values.std(ddof=1) / math.sqrt(4))
+    p = scipy.stats.t.cdf(t, 3)
+    assert stats.below(values, 3.28) == pytest.approx(p, rel=1e-12)
+    assert f"mean below 3.28: p = {p:.3g} (one-sided t-test); " in run("stats", *runs)[1]
+    assert stats.below(values, 3.275) > 0.5
+
+
+def test_the_runs_still_needed_are_the_first_count_with_p_below_the_level(run, runs):
+    mean, sd = np.mean(LOSSES), np.std(LOSSES, ddof=1)
+    ps = {n: scipy.stats.t.cdf((mean - 3.2785) / sd * math.sqrt(n), n - 1) for n in range(4, 100)}
+    first = next(n for n, p in ps.items() if p < 0.01)
+    assert stats.runs_needed(mean, sd, 4, 3.2785) == first > 5
+    assert f"; {first - 4} more of the same mean and sd until p < 0.01" in run("stats", *runs, "--target", "3.2785")[1]
+
+
+def test_no_number_of_runs_brings_a_mean_above_the_target_below_it(run, runs):
+    assert stats.runs_needed(3.28, 0.001, 4, 3.28) is None
+    assert "no number of runs with this mean reaches p < 0.01" in run("stats", *runs, "--target", "3.27")[1]
+
+
+def test_a_mean_below_the_target_is_said_to_be(run, runs):
+    assert run("stats", *runs, "--target", "3.3")[1].splitlines()[-1].endswith("(one-sided t-test), below 0.01")
+
+
+def test_one_run_or_equal_losses_give_no_p(run, runs, tmp_path):
+    assert "mean below 3.28: no p, one run has no spread" in run("stats", runs[0])[1]
+    equal = [str(ours(log_path(tmp_path / "equal", seed), seed)) for seed in (0, 1)]
+    assert "mean below 3.28: no p, all losses are equal" in run("stats", *equal)[1]
+
+
+@pytest.mark.parametrize("separator", ["--", "--against"])
+def test_two_sets_are_compared_by_welch_s_test(run, runs, others, separator):
+    out = run("stats", *runs, separator, *others)[1].splitlines()
+    assert out[5].startswith("3 runs of official on 8xH100, 30 steps, seeds 0, 1, 2")
+    for line, one, two, digits in ((out[-2], LOSSES, [3.2760, 3.2772, 3.2755], 5),
+                                   (out[-1], np.array(TIMES) / 1e3, [79, 79.5, 79.1], 3)):
+        (m, v, n), (m2, v2, n2) = ((np.mean(x), np.var(x, ddof=1), len(x)) for x in (one, two))
+        error = math.sqrt(v / n + v2 / n2)
+        freedom = error**4 / ((v / n)**2 / (n - 1) + (v2 / n2)**2 / (n2 - 1))
+        p, half = 2 * scipy.stats.t.sf(abs(m - m2) / error, freedom), scipy.stats.t.ppf(0.975, freedom) * error
+        assert line[10:] == (f"{m - m2:+.{digits}f} ({m - m2 - half:+.{digits}f} to {m - m2 + half:+.{digits}f}), "
+                             f"p = {p:.3g}")
+
+
+def test_times_of_other_hardware_are_not_compared(run, runs, tmp_path):
+    slow = [str(ours(log_path(tmp_path / "slow", 4 + seed), seed, 3.27 + seed / 1e3, hardware="4x NVIDIA H200"))
+            for seed in (0, 1)]
+    out = run("stats", *runs, "--", *slow)[1].splitlines()
+    assert "p = " in out[-2] and out[-1] == "time, s   not compared: 8xH100 and 4xH200"
+
+
+def test_a_second_set_of_one_run_is_described_without_a_test(run, runs, others):
+    assert run("stats", *runs, "--", others[0])[1].splitlines()[-1].startswith("difference: no test")
+
+
+def test_logs_without_a_clock_have_losses_only(run, tmp_path):
+    for name, loss in (("a.txt", 3.27), ("b.txt", 3.26)):
+        (tmp_path / name).write_text(f"s:0 tel:11\ns:9 tel:{loss}\n")
+    out = run("stats", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))[1]
+    assert "seeds unknown" in out and "val loss" in out and "time" not in out
+
+
+CHANGES = {"seed, 0": {"seed": 0}, "source": {"source": "import sys\n"}, "hardware": {"hardware": "1x NVIDIA H200"},
+           "number of steps": {"steps": 30}, "track": {"preset": "corpus"}, "setting lr_adam": {"lr_adam": 1},
+           "setting stages": {"end": 3},
+           "unfinished": {"finished": False}, "val_loss nan": {"val_loss": math.nan}}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_set_of_unlike_runs_is_refused_with_the_names_of_the_files(run, runs, tmp_path, what):
+    odd = str(ours(log_path(tmp_path / "odd", 9), **{"seed": 9, **CHANGES[what]}))
+    sentence = refused(run, "stats", runs[0], odd)
+    assert what in sentence and odd in sentence
+    assert (runs[0] in sentence) == (what not in ("unfinished", "val_loss nan"))
+
+
+def test_a_run_that_is_given_twice_is_refused(run, runs, others):
+    for argv in ((runs[0], runs[0]), (*runs, "--", runs[0])):
+        assert f"{runs[0]} and {runs[0]} have the same run" in refused(run, "stats", *argv)
+
+
+def test_sets_of_two_tracks_are_refused(run, runs, tmp_path):
+    other = str(ours(log_path(tmp_path / "other", 9), preset="corpus"))
+    assert "differ in track, official and corpus" in refused(run, "stats", *runs, "--", other)
+
+
+@pytest.mark.parametrize("argv,part", [
+    ([], "a set without logs"), (["a.txt", "--"], "a set without logs"), (["a", "--", "b", "--", "c"], "two sets"),
+    (["--target"], "needs a number, not nothing"), (["--target", "low"], "not low"), (["--tagret", "3"], "--tagret"),
+    (["none.txt"], "cannot read none.txt: No such file")])
+def test_bad_arguments_of_stats_are_one_sentence(run, argv, part):
+    assert part in refused(run, "stats", *argv)
+
+
+########################################
+#               check                  #
+########################################
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A records folder in order, with two tracks and what is no track beside them."""
+    root = tmp_path / "records"
+    for name, seeds in (("official/2026-01-02_First", (0, 1)), ("smoke/2026-01-03_Second", (2,))):
+        folder = root / name
+        for seed in seeds:
+            ours(log_path(folder, seed), seed, 3.27 + seed / 1e3, preset=folder.parent.name)
+        (folder / "README.md").write_text("# What was changed\n")
+    for other in ("notes", "runs/2026-01-04_Mine", "ladder/small"):
+        (root / other).mkdir(parents=True)
+    (root / "README.md").write_text(f"# Records\n\n{table.BEGIN}\n{table.END}\n\nAfter.\n")
+    return root
+
+
+def problems(root: Path) -> list[str]:
+    return [problem for track in check.record_folders(root).values() for folder in track
+            for problem in check.folder_problems(folder)]
+
+
+def test_the_project_s_records_are_in_order(run):
+    code, out, _ = run("check")
+    assert code == 0 and out.endswith("logs: in order\n")
+
+
+def test_tracks_are_the_folders_with_dated_folders_and_runs_is_none(root):
+    assert problems(root) == [] and list(check.record_folders(root)) == ["official", "smoke"]
+
+
+@pytest.mark.parametrize("name", ["2026-02-30_Name", "2026-01-05", "2026-01-05-Name", "Name"])
+def test_a_folder_needs_a_real_date_and_a_name(root, name):
+    (root / "smoke" / "2026-01-03_Second").rename(root / "smoke" / name)
+    (root / "smoke" / "2026-01-06_Good").mkdir()
+    assert f"smoke/{name} is not named YYYY-MM-DD_Name with a date of the calendar" in problems(root)
+
+
+def test_a_folder_needs_a_readme_and_a_log(root):
+    folder = root / "smoke" / "2026-01-03_Second"
+    (folder / "README.md").write_text(" \n")
+    log_path(folder, 2).unlink()
+    assert problems(root) == ["smoke/2026-01-03_Second has no README.md, or an empty one",
+                              "smoke/2026-01-03_Second has no log"]
+
+
+def test_a_log_must_be_readable_with_its_sources_and_no_path_of_a_machine(root):
+    folder = root / "smoke" / "2026-01-03_Second"
+    path, name = log_path(folder, 2), f"smoke/2026-01-03_Second/{UUID.format(2)}.txt"
+    ours(path, source="", log_dir="/home/me/logs")
+    number = path.read_text().splitlines().index("config log_dir=/home/me/logs") + 1
+    assert problems(root) == [f"{name} lacks the source train_gpt.py", f"{name} lacks the source triton_kernels.py",
+                              f"{name} names a path of a machine in line {number}: /home/me/logs"]
+    path.write_text("step:1/2 val_loss:abc train_time:1ms\n")
+    assert len(problems(root)) == 1 and problems(root)[0].startswith(f"{name} cannot be read: {path}, line 1, ")
+
+
+@pytest.mark.parametrize("text,found", [("git:/root/x", "/root/x"), ("a (/tmp)", "/tmp)"), ("../../tmp/x", None),
+                                        ("data/home/x", None), ("/optimizer", None), ("=/opt/conda", "/opt/conda")])
+def test_a_path_of_a_machine_is_absolute(text, found):
+    match = check.MACHINE_PATH.search(text)
+    assert (match and match[0]) == found
+
+
+def test_paths_in_the_source_are_no_problem(root):
+    ours(log_path(root / "smoke" / "2026-01-03_Second", 2), 2, preset="smoke", source="import os\npath = '/root/x'\n")
+    assert problems(root) == []
+
+
+def test_an_unfinished_log_needs_the_readme_s_word_that_it_was_cut_off(root):
+    folder = root / "smoke" / "2026-01-03_Second"
+    path = ours(folder / "ab120000-0000-4000-8000-000000000000.txt", 5, finished=False, preset="smoke")
+    assert problems(root) == [f"smoke/{folder.name}/{path.name} has no result, and the README does not say that "
+                              "ab120000 was cut off"]
+    (folder / "README.md").write_text("ab120000 was cut off at step 19\n")
+    assert problems(root) == []
+
+
+def test_check_counts_or_lists(root, run, monkeypatch):
+    monkeypatch.setattr(check, "RECORDS", root)
+    assert run("check") == (0, "2 folders, 3 logs: in order\n", "")
+    (root / "smoke" / "2026-01-03_Second" / "README.md").unlink()
+    assert run("check") == (1, "smoke/2026-01-03_Second has no README.md, or an empty one\n", "")
+    assert "takes no arguments" in refused(run, "check", "all")
+
+
+########################################
+#               table                  #
+########################################
+
+
+@pytest.fixture
+def tables(root, run, monkeypatch):
+    """Runs `table` on the records folder and gives the text of its README."""
+    monkeypatch.setattr(table, "RECORDS", root)
+
+    def tables(*argv: str) -> str:
+        assert run("table", *argv)[0] == 0
+        return (root / "README.md").read_text()
+    return tables
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| [")]
+    return [line.strip("| ").split(" | ") for line in lines]
+
+
+def test_the_project_s_tables_are_what_its_logs_say(run):
+    assert run("table", "--check")[0] == 0
+
+
+def test_a_section_a_track_stands_between_the_markers(tables):
+    text = tables()
+    assert text.startswith(f"# Records\n\n{table.BEGIN}\n\n### official\n") and "\n### smoke\n" in text
+    assert text.endswith(f"\n\n{table.END}\n\nAfter.\n") and tables() == text and tables("--check") == text
+
+
+def test_a_row_has_the_statistics_of_its_runs(tables, root):
+    folder = root / "official" / "2026-01-02_First"
+    first, second = [read_log(log_path(folder, seed)) for seed in (0, 1)]
+    (name, hardware, processes, n, loss, seconds, p, steps, tokens, logs), other = rows(tables())
+    assert name == "[2026-01-02_First](official/2026-01-02_First)" and (hardware, processes, n) == ("8xH100", "8", "2")
+    values = np.array([first.val_loss, second.val_loss])
+    assert loss == f"{values.mean():.4f} ± {values.std(ddof=1):.4f}" and seconds == "2.00 ± 0.00"
+    assert p == f"{stats.below(values, 3.28):.2g}" and (steps, tokens) == ("20", "1,000")
+    assert logs.split(", ")[1] == f"[{UUID[:8]}](official/2026-01-02_First/{UUID.format(1)}.txt)"
+    assert other[3:7] == ["1", "3.2720", "2.00", "-"]
+
+
+def test_rows_are_sorted_by_time_within_a_kind_of_hardware(tables, root):
+    folder = root / "smoke" / "2026-01-03_Second"
+    for seed, ms, hardware in ((5, 900, "8x NVIDIA H100"), (6, 9000, "1x NVIDIA H200"), (7, 3000, "8x NVIDIA H100")):
+        ours(log_path(folder, seed), seed, ms=ms, hardware=hardware, lr_adam=seed, preset="smoke")
+    found = [(row[1], row[5]) for row in rows(tables()) if "Second" in row[0]]
+    assert found == [("1xH200", "9.00"), ("8xH100", "0.90"), ("8xH100", "2.00"), ("8xH100", "3.00")]
+
+
+@pytest.mark.parametrize("change,count", [({"name": "b"}, 1), ({"val_every": 5}, 1), ({"trials": 9}, 1),
+                                          ({"lr_adam": 5}, 2), ({"end": 3}, 2), ({"source": "import os\n"}, 2),
+                                          ({"hardware": "8x NVIDIA H200"}, 2)])
+def test_runs_of_one_thing_share_a_row(tables, root, change, count):
+    ours(log_path(root / "smoke" / "2026-01-03_Second", 5), 5, **{"preset": "smoke", **change})
+    assert len(rows(tables())) == 1 + count
+
+
+def test_unfinished_logs_are_counted_and_no_row(tables, root):
+    ours(log_path(root / "smoke" / "2026-01-03_Second", 5), 5, finished=False, preset="smoke")
+    assert "\n\nLeft out: 1 unfinished log.\n" in tables() and len(rows(tables())) == 2
+
+
+def test_a_log_of_others_has_a_row_too(tables, root):
+    path = root / "smoke" / "2026-01-03_Second" / "theirs.txt"
+    path.write_text(f"{SOURCE}{RULE}\n{MODDED}")
+    assert rows(tables())[-1][1:9] == ["unknown", "-", "1", "3.2790", "2.01", "-", "20", "-"]
+
+
+def test_the_project_s_readme_is_written_only_where_it_has_the_markers_and_its_links_start_there(tables, root):
+    readme = root.parent / "README.md"
+    readme.write_text("# Project\n")
+    tables()
+    assert readme.read_text() == "# Project\n"
+    readme.write_text(f"# Project\n{table.BEGIN}\nold\n{table.END}\n")
+    inner, outer = tables(), readme.read_text()
+    assert "old" not in outer and outer.count("](records/") == inner.count("](") > 0
+    for text, base in ((inner, root), (outer, root.parent)):
+        assert all((base / link.split(")")[0]).exists() for link in text.split("](")[1:])
+
+
+def test_check_changes_nothing_and_names_the_file_that_differs(tables, root, run):
+    tables()
+    path = root / "README.md"
+    path.write_text(path.read_text().replace("2.00", "1.00"))
+    old = path.read_text()
+    assert run("table", "--check") == (1, "records/README.md differs from what the logs say: "
+                                          "run `python -m records table`\n", "")
+    assert path.read_text() == old
+
+
+@pytest.mark.parametrize("text", ["none", table.BEGIN, f"{table.END}{table.BEGIN}", table.BEGIN * 2 + table.END])
+def test_missing_markers_are_named(tables, root, run, text):
+    (root / "README.md").write_text(text)
+    assert f"needs the line {table.BEGIN} and after it the line {table.END}" in refused(run, "table")
+    assert (root / "README.md").read_text() == text
+
+
+########################################
+#             Command line             #
+########################################
+
+
+def test_every_command_has_a_line_of_usage(run):
+    code, out, _ = run()
+    assert code == 0 and run("help") == (code, out, "")
+    assert [line.split()[0] for line in out.splitlines()[1:]] == list(command.COMMANDS)
+
+
+def test_an_unknown_command_names_the_nearest(run):
+    assert "unknown command 'tabel': did you mean table?" in refused(run, "tabel")
+
+
+def test_a_module_that_is_not_there_is_one_sentence(run, monkeypatch):
+    monkeypatch.setitem(command.COMMANDS, "race", "records.nothing")
+    assert "the command race is not there: records/nothing.py is missing" in refused(run, "race")
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    monkeypatch.delitem(sys.modules, "records.stats")
+    assert "is not installed: python -m pip install -r requirements-dev.txt" in refused(run, "stats", "a.txt")
+
+
+def test_the_module_is_a_program(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "records", "stats", str(tmp_path / "none.txt")], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_an_output_that_cannot_be_written_is_one_sentence(runs):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "records", "stats", *runs], cwd=ROOT, text=True, stdout=full,
+                              stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 2 and done.stderr == "error: cannot use the output: No space left on device\n"
