@@ -199,7 +199,7 @@ def test_peak_memory_and_tokens_stand_before_the_result(run):
 def test_the_last_line_is_the_result_and_agrees_with_the_lines_before_it(run):
     result, (*_, (_, _, loss, train_time, average)) = run.results[0], run.fields(VALIDATION)
     assert f"{result['val_loss']:.4f}" == loss and result["val_loss"] == round(run.trainer.val_losses[STEPS], 6)
-    assert result["train_time_ms"] == int(train_time) and f"{result['step_avg_ms']:.2f}" == average
+    assert result["train_time_ms"] == int(train_time) and abs(result["step_avg_ms"] - float(average)) < 0.0056
     assert result["first_step_to_last_validation_ms"] >= result["train_time_ms"]
     assert (result["steps"], result["scheduled_steps"], result["seed"]) == (STEPS, STEPS, 0)
     assert (result["preset"], result["processes"]) == ("smoke", 1) and result["hardware"].startswith("1x cpu")
