@@ -125,18 +125,18 @@ def folder_name(log: Log) -> str:
 
 def record_rows(logs: list[Log]) -> list[Row]:
     """A row for the runs of one folder, hardware, source and configuration; by track, hardware, date and time."""
-    rows = {}
+    rows = []
     for group in groups([log for log in logs if log.finished and log.train_time_ms]):
         log, steps = group[0], f"{group[0].result['steps']:,}"
         if not is_whole(log):
             steps += f" of {log.result['scheduled_steps']:,}"
-        rows[log.run_id] = Row(f"{track(log)}, {log.hardware_class}", folder_name(log),
-                               [each.train_time_ms / 1e3 for each in group], [each.val_loss for each in group], steps,
-                               is_whole(log))
-    ordered = sorted(rows.items(), key=lambda item: (item[1][:2], not item[1].whole, np.mean(item[1].times)))
-    named = [row[:2] for _, row in ordered]
+        rows.append((Row(f"{track(log)}, {log.hardware_class}", folder_name(log),
+                         [each.train_time_ms / 1e3 for each in group], [each.val_loss for each in group], steps,
+                         is_whole(log)), log.run_id))
+    rows.sort(key=lambda item: (item[0][:2], not item[0].whole, np.mean(item[0].times)))
+    named = [row[:2] for row, _ in rows]
     return [row._replace(name=f"{row.name}, {run_id[:8]}") if row[:2] in named[:i] else row
-            for i, (run_id, row) in enumerate(ordered)]
+            for i, (row, run_id) in enumerate(rows)]
 
 
 def tokens_done(log: Log, step: int) -> float:
@@ -230,7 +230,7 @@ def draw_ladder() -> Figure | None:
     rows, at = ladder_rows(rungs)
     for row in rows:
         if not np.isfinite(row.losses).all():
-            say(f"ladder: {row.name}: a log does not tell its loss at {at:,.0f} tokens, so that panel is without it")
+            say(f"ladder: {row.name}: a log does not tell its loss at equal tokens, so that panel is without it")
     return ladder_figure(rows, at)
 
 
@@ -332,10 +332,10 @@ def curves_figure(curves: list[Curve]) -> Figure:
     axes, handles = figure.subplots(1, 2, sharey=True), []
     for i, each in enumerate(curves):
         look = {"color": COLORS[i % len(COLORS)], "markerfacecolor": "white", "zorder": 3 + i / len(curves)}
-        dash, marker = DASHES[i % len(DASHES)], MARKERS[i % len(MARKERS)]
+        dash, marker = DASHES[(i + i // len(COLORS)) % len(DASHES)], MARKERS[i % len(MARKERS)]
         for ax, column, scale in zip(axes, (0, 1), (1, 1e6), strict=True):
             ax.plot(each.train[:, column] / scale, each.train[:, 2], linestyle=dash, **look)
-            ax.plot(each.val[:, column] / scale, each.val[:, 2], marker, **look)
+            ax.plot(each.val[:, column] / scale, each.val[:, 2], marker, clip_on=False, **look)
         handles.append(Line2D([], [], linestyle=dash, marker=marker, label=each.name, **look))
     losses = np.concatenate([part[:, 2] for each in curves for part in each[1:]])
     axes[0].set(yscale="log", ylabel="loss (lines: training, markers: validation)", xlabel="training time, s")
