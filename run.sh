@@ -62,6 +62,12 @@ if [ "${1:-}" = test ]; then
     else
         say "ruff is not installed here: the style check is left out"
     fi
+    if "$PYTHON" -c 'import scipy' >/dev/null 2>&1; then
+        "$PYTHON" -m records check
+        "$PYTHON" -m records table --check
+    else
+        say "scipy is not installed here: the check of the records is left out"
+    fi
     cpu_settings
     exec "$PYTHON" -m pytest tests "$@"
 fi

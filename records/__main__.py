@@ -7,15 +7,11 @@ import sys
 
 from records.logs import LogError
 
-COMMANDS = {"table": "records.table", "stats": "records.stats", "diff": "records.compare",
-            "extract": "records.compare", "race": "records.race", "plot": "records.plot", "check": "records.check"}
+COMMANDS = {name: f"records.{name}" for name in ("table", "stats", "plot", "check")}
 USAGE = """usage: python -m records COMMAND ARGUMENTS, from the project's folder
   table [--check]                       write the leaderboards of records/README.md and README.md from the logs
   stats LOG... [--target 3.28] [-- LOG...]   mean, deviation and p of a set of runs; a second set is compared with it
-  diff LOG LOG                          what two logs differ in: sources, configuration, losses, times
-  extract LOG [FOLDER]                  write the sources that a log holds
-  race LOG LOG...                       who is ahead of whom, and when
-  plot LOG...                           loss over time and steps
+  plot [records|curves|ladder] [LOG...] [--out img]   times of records; loss over time and tokens; the ladder
   check                                 say what is amiss in the record folders"""
 
 

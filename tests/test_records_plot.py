@@ -7,16 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT
-from matplotlib.colors import to_rgb
 
-from records import plot
-from records.__main__ import main
-from records.check import record_folders
-from records.logs import find_logs, read_log
+matplotlib = pytest.importorskip("matplotlib", reason="matplotlib, of requirements-dev.txt, is not installed")
+pytest.importorskip("scipy", reason="scipy, of requirements-dev.txt, is not installed")
+
+from matplotlib.colors import to_rgb  # noqa: E402
+
+from records import plot  # noqa: E402
+from records.__main__ import main  # noqa: E402
+from records.check import record_folders  # noqa: E402
+from records.logs import find_logs, read_log  # noqa: E402
 
 RULE = "=" * 100
 H200, H100 = "4x NVIDIA H200, compute capability 9.0", "1x NVIDIA H100 80GB HBM3, compute capability 9.0"

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.stats
 from conftest import ROOT
 from test_records_logs import MODDED, RULE, SOURCE, UUID, ours
 
-from records import __main__ as command
-from records import check, stats, table
-from records.logs import read_log
+pytest.importorskip("scipy", reason="scipy, of requirements-dev.txt, is not installed")
+
+import scipy.stats  # noqa: E402
+
+from records import __main__ as command  # noqa: E402
+from records import check, stats, table  # noqa: E402
+from records.logs import read_log  # noqa: E402
 
 LOSSES, TIMES = [3.2781, 3.2769, 3.2795, 3.2774], [81000, 81200, 80900, 81050]
 
