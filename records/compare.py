@@ -1,0 +1,134 @@
+"""python -m records diff and extract: what differs between two runs, and a run's sources as a folder."""
+import ast
+import difflib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from records.logs import Log, LogError, read_log
+
+OPTION = re.compile(r"^    (\w+): \w+ = knob\(", re.M)  # a setting of the command line, in our trainer's source
+
+
+def diff(argv: list[str]) -> int:
+    """Prints in what two logs differ: settings, environment, result, validations, sources. Raises LogError."""
+    if len(argv) != 2:
+        raise LogError(f"diff takes two logs, not {len(argv)}: write `python -m records diff LOG LOG`")
+    a, b = (read_log(path) for path in argv)
+    print(f"A {a.path}\nB {b.path}")
+    for title in ("config", "environment", "result"):
+        print("\n".join(side_by_side(title, getattr(a, title), getattr(b, title))))
+    print("\n".join(validations(a, b)))
+    for line in source_diff(a, b):
+        print(line)
+    return 0
+
+
+def side_by_side(title: str, a: dict, b: dict) -> list[str]:
+    """A line for each entry that differs; "-" where one has none, the first line where a value has several."""
+    names = [name for name in (a | b) if a.get(name) != b.get(name)]
+    lines = [f"\n{title}: {len(names)} differ, {len(a | b) - len(names)} equal"]
+    for name in names:
+        left, right = (f"{entries.get(name, '-')}".split("\n")[0][:60] for entries in (a, b))
+        lines.append(f"  {name:<32} {left:<40} {right}")
+    return lines
+
+
+def validations(a: Log, b: Log) -> list[str]:
+    """Val losses at the steps that both logs validated."""
+    left, right = ({step.step: step.loss for step in log.vals} for log in (a, b))
+    common = sorted(left.keys() & right.keys())
+    return [f"\nval loss at {len(common)} common steps",
+            *(f"  {step:>6} {left[step]:8.4f} {right[step]:8.4f} {right[step] - left[step]:+8.4f}" for step in common)]
+
+
+def source_diff(a: Log, b: Log) -> Iterator[str]:
+    """Unified diffs of the embedded sources, function by function where both are Python."""
+    for log in (a, b):
+        if not log.sources:
+            yield f"\n{log.path} embeds no source: nothing to compare"
+            return
+    for name in sorted(a.sources | b.sources):
+        left, right = a.sources.get(name), b.sources.get(name)
+        if left is None or right is None:
+            yield f"\n{name}: only in {'B' if left is None else 'A'}"
+        elif left == right:
+            yield f"\n{name}: equal"
+        else:
+            yield f"\n{name}: {len(left.splitlines())} and {len(right.splitlines())} lines"
+            yield from piece_diff(pieces(left), pieces(right))
+
+
+def piece_diff(a: dict[str, str], b: dict[str, str]) -> Iterator[str]:
+    """A function that only moved is equal here; of one that only one source has, its name and lines."""
+    for name in [*a, *(name for name in b if name not in a)]:
+        if name not in a or name not in b:
+            yield f"{'+++ added' if name in b else '--- removed'}: {name}, {len((a | b)[name].splitlines())} lines"
+        elif a[name] != b[name]:
+            yield f"@@@ {name}"
+            hunks = difflib.unified_diff(a[name].splitlines(), b[name].splitlines(), lineterm="", n=2)
+            yield from list(hunks)[2:]
+
+
+def pieces(text: str) -> dict[str, str]:
+    """Functions and methods by qualified name, and what is outside of them by its class or as "module"; all of it as
+    "module" if it is not Python."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return {"module": text}
+    lines, found, rest = text.splitlines(), {}, {}
+    owner = dict.fromkeys(range(len(lines)), "module")
+    for node, prefix in [(node, "") for node in tree.body] + [
+            (node, f"{parent.name}.") for parent in tree.body if isinstance(parent, ast.ClassDef)
+            for node in parent.body]:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name, first = f"{prefix}{node.name}", min([node, *node.decorator_list], key=lambda x: x.lineno).lineno
+            while name in found:  # overloads, and functions that are all called _
+                name += "'"
+            found[name] = ""
+            owner |= dict.fromkeys(range(first - 1, node.end_lineno), name)
+    for i, line in enumerate(lines):
+        rest.setdefault(owner[i], []).append(line)
+    return {name: re.sub("\n{3,}", "\n\n", "\n".join(part)).strip("\n") for name, part in rest.items()}
+
+
+def extract(argv: list[str]) -> int:
+    """Writes a log's sources into a new folder, with a README that says how to run them. Raises LogError."""
+    if len(argv) != 2:
+        raise LogError("extract takes a log and a folder: write `python -m records extract LOG DIR`")
+    log, folder = read_log(argv[0]), Path(argv[1])
+    if not log.sources:
+        raise LogError(f"{log.path} embeds no source: nothing to extract")
+    for name in log.sources:
+        if Path(name).name != name or name == "README.md":
+            raise LogError(f"{log.path} embeds a source called {name}, which is no plain file name: not extracted")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LogError(f"{folder} is there and not empty: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in log.sources.items():
+        (folder / name).write_bytes(text.encode())
+    (folder / "README.md").write_text(readme(log), encoding="utf-8")
+    print("\n".join(str(folder / name) for name in (*log.sources, "README.md")))
+    return 0
+
+
+def readme(log: Log) -> str:
+    versions = " ".join(f"{name} {log.environment[name]}" for name in ("python", "torch", "triton", "cuda")
+                        if name in log.environment)
+    time = "" if log.train_time_ms is None else f" after {log.train_time_ms / 1e3:.1f} s of training"
+    result = f"val loss {log.val_loss:.4f}{time}" if log.finished else "unfinished"
+    return (f"# Run {log.run_id}\n\nSources as its log embeds them. It ran on {log.hardware} with "
+            f"{versions or 'versions that the log does not name'}: {result}.\n\n```\n{command(log)}\n```\n")
+
+
+def command(log: Log) -> str:
+    """The command line that repeats a run of ours: every setting as it was, this trial's seed, one trial."""
+    options = OPTION.findall(log.sources.get("train_gpt.py", ""))
+    settings = {key: value for key, value in log.config.items() if key in options and "\n" not in value}
+    if log.seed is not None and "seed" in settings:
+        settings |= {"seed": str(log.seed), "trials": "1"}
+    words = [f"{key}={value}" for key, value in settings.items()]
+    launch = f"torchrun --standalone --nproc_per_node {log.processes}" if (log.processes or 1) > 1 else "python"
+    return shlex.join([*launch.split(), "train_gpt.py", *words])

@@ -1,0 +1,145 @@
+"""records diff says what differs and no more; records extract gives back what ran."""
+import shlex
+
+import pytest
+from conftest import ROOT
+from test_records_logs import MODDED, ours
+
+import train_gpt
+from records import compare
+from records.__main__ import main
+from records.logs import find_logs, read_log
+
+KERNELS, HOPPER = (ROOT / "records/corpus" / name for name in ("2026-11-20_Kernels", "2026-11-25_Hopper"))
+LOGS = find_logs(KERNELS) + find_logs(HOPPER)
+A = '''import os
+
+LIMIT = 1
+
+
+def first(x):
+    return x
+
+
+class Box:
+    size = 2
+
+    def get(self):
+        return self.size
+
+    def put(self):
+        pass
+
+
+def gone():
+    pass
+'''
+B = '''import os
+
+LIMIT = 3
+
+
+class Box:
+    size = 2
+
+    def get(self):
+        return self.size + 1
+
+    def put(self):
+        pass
+
+
+def first(x):
+    return x
+
+
+def new():
+    pass
+'''
+
+
+def test_a_diff_names_what_changed_by_function_and_leaves_out_what_moved():
+    lines = list(compare.piece_diff(compare.pieces(A), compare.pieces(B)))
+    heads = [line for line in lines if line.startswith(("@@@", "+++", "---"))]
+    assert heads == ["@@@ module", "@@@ Box.get", "--- removed: gone, 2 lines", "+++ added: new, 2 lines"]
+    assert {"-LIMIT = 1", "+LIMIT = 3", "-        return self.size", "+        return self.size + 1"} <= set(lines)
+    assert not any("first" in line or "put" in line for line in lines)
+
+
+def test_pieces_hold_every_line_of_code_once():
+    for log in map(read_log, LOGS[:2]):
+        for text in log.sources.values():
+            whole = sorted(line for line in text.splitlines() if line.strip())
+            assert sorted(line for part in compare.pieces(text).values() for line in part.splitlines()
+                          if line.strip()) == whole
+
+
+def test_what_is_not_python_is_compared_as_a_whole():
+    assert compare.pieces("def f(:\n") == {"module": "def f(:\n"}
+
+
+def test_a_log_differs_from_itself_in_nothing(capsys):
+    assert main(["diff", str(LOGS[0]), str(LOGS[0])]) == 0
+    out = capsys.readouterr().out
+    assert out.count(": 0 differ") == 3 and "train_gpt.py: equal" in out and "triton_kernels.py: equal" in out
+    assert "+0.0000" in out and "@@@" not in out
+
+
+def test_two_records_differ_in_hardware_seed_losses_and_the_kernels_that_changed(capsys):
+    a, b = find_logs(KERNELS)[1], next(path for path in find_logs(HOPPER) if path.name.startswith("bf13a957"))
+    assert main(["diff", str(a), str(b)]) == 0
+    out = capsys.readouterr().out
+    assert "4x NVIDIA H200" in out and "1x NVIDIA H100" in out and "+++ added: _hopper_multiply" in out
+    x, y = (read_log(path).vals[-1].loss for path in (a, b))
+    assert f"{x:8.4f} {y:8.4f} {y - x:+8.4f}" in out
+
+
+def test_a_log_without_source_is_said_to_have_none(tmp_path, capsys):
+    path = tmp_path / "other.txt"
+    path.write_text(MODDED)
+    assert main(["diff", str(path), str(path)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("embeds no source: nothing to compare")
+
+
+@pytest.mark.parametrize("path", LOGS, ids=lambda path: path.stem[:8])
+def test_an_extracted_source_stands_in_its_log_byte_for_byte(path, tmp_path, capsys):
+    assert main(["extract", str(path), str(tmp_path / "run")]) == 0
+    whole = path.read_bytes()
+    names = {"train_gpt.py", "triton_kernels.py"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == names | {"README.md"}
+    for name in names:
+        text = (tmp_path / "run" / name).read_bytes()
+        assert len(text) > 1000 and b"\nsource: " + name.encode() + b"\n" + b"=" * 100 + b"\n" + text in whole
+
+
+def test_the_command_of_an_extracted_run_sets_what_the_log_says():
+    log = next(log for log in map(read_log, find_logs(HOPPER)) if log.path.name.startswith("2293b417"))
+    python, script, *options = shlex.split(compare.command(log))
+    assert (python, script) == ("python", "train_gpt.py")
+    cfg = train_gpt.parse_options(options)
+    assert (cfg.preset, cfg.seed, cfg.trials, cfg.val_every, cfg.steps) == ("corpus", 1, 1, 0, 444)
+    four = read_log(find_logs(KERNELS)[0])
+    assert compare.command(four).startswith("torchrun --standalone --nproc_per_node 4 train_gpt.py preset=corpus")
+
+
+def test_extract_overwrites_nothing_and_leaves_no_folder(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    assert main(["extract", str(LOGS[0]), str(tmp_path / "full")]) == 2
+    assert (tmp_path / "full/file").read_text() == "mine" and len(list((tmp_path / "full").iterdir())) == 1
+    path = tmp_path / "other.txt"
+    path.write_text(MODDED)
+    assert main(["extract", str(path), str(tmp_path / "none")]) == 2
+    outside = ours(tmp_path / "outside.txt")
+    outside.write_bytes(outside.read_bytes().replace(b"source: train_gpt.py", b"source: ../train_gpt.py"))
+    assert main(["extract", str(outside), str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
+    assert not (tmp_path.parent / "train_gpt.py").exists()
+    error = capsys.readouterr().err
+    assert "not empty: name a new folder" in error and "embeds no source" in error and "../train_gpt.py" in error
+    assert len(error.splitlines()) == 3
+
+
+@pytest.mark.parametrize("words", [["diff"], ["diff", "a", "b", "c"], ["extract", "a"]])
+def test_wrong_counts_of_arguments_get_one_sentence(words, capsys):
+    assert main(words) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
