@@ -43,8 +43,9 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         return fail(f"{error.name} is not installed: python -m pip install -r requirements-dev.txt brings it")
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+        if error.filename is None:  # of the output; what is still buffered must not fail again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
             return 0
         return fail(f"cannot use {error.filename or 'the output'}: {error.strerror}")
 
