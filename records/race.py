@@ -129,7 +129,7 @@ def run(side: str, when: str, command: list[str], folder: Path, environment: dic
     if code:
         lines = [line.strip() for line in output.read_text(errors="replace").splitlines() if line.strip()]
         words = [line for line in lines if line.startswith("error: ")][-1:] or lines[-3:] or ["no output"]
-        raise LogError(f"{side} failed {when}, exit code {code}: {' / '.join(words)}")
+        raise LogError(f"{side} failed {when}, exit code {code}: {' / '.join(words).removeprefix('error: ')}")
 
 
 def the_log(side: str, folder: Path, given: dict[str, str]) -> Log:
