@@ -3,6 +3,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -177,13 +179,22 @@ def test_a_side_that_fails_is_named_with_its_last_words_and_the_pairs_before_cou
     assert "2 pairs: mean of B - A" in out and len(printed(out, "time, s")) == 4
 
 
+def test_one_complete_pair_has_no_interval(project, capsys):
+    side(project, "one")
+    side(project, "two", FAULT="fails")
+    sentence, out = refused(capsys, "one", "two", "-n", "3", "seed=1")
+    assert "1 of 3 pairs are complete" in sentence and out.endswith("\none pair: no interval\n") and "nan" not in out
+
+
 @pytest.mark.parametrize("seconds", [0, 60])
 def test_an_interrupted_race_gives_what_its_pairs_say(project, capsys, monkeypatch, seconds):
     """Whether the run ends by itself, as the trainer does, or must be ended."""
     monkeypatch.setattr(race, "PATIENCE", 0.2)
     side(project, "one", FAULT="interrupted")
     side(project, "two")
+    begin = time.monotonic()
     sentence, out = refused(capsys, "one", "two", "-n", "4", f"steps={seconds}")
+    assert time.monotonic() - begin < 40, "the run was waited for to its end"
     assert "interrupted in A with seed 2; 2 of 4 pairs are complete" in sentence and "2 pairs: mean of B - A" in out
 
 
@@ -226,14 +237,32 @@ def test_several_processes_start_through_torch_s_launcher(project, capsys, monke
     monkeypatch.setenv("NPROC", "4")
     launch, words, environment = race.launcher({"preset": "corpus"})
     assert launch[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    assert words == ["preset=corpus"] and environment["TRITON_CACHE_DIR"]
+    assert words == ["preset=corpus"]
     monkeypatch.setenv("NPROC", "3")
     side(project, "one")
     assert "NPROC=3: give 1, 2, 4 or 8" in refused(capsys, "one", "one", "-n", "2")[0]
 
 
+def test_a_side_starts_as_run_sh_would_start_it(project, monkeypatch):
+    """Without a GPU: the smoke preset unless one is given, and run.sh's CPU settings; what the user has set stays."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    _, words, environment = race.launcher({"steps": "3"})
+    assert words == ["preset=smoke", "steps=3"] and race.launcher({"preset": "corpus"})[1] == ["preset=corpus"]
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE" and environment["PATH"] == os.environ["PATH"]
+    script = (ROOT / "run.sh").read_text()
+    for name in ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+        value = race.launcher({})[2][name]
+        assert re.search(rf'\b{name}="\$\{{{name}:-{value}\}}"', script), name
+    assert environment["TRITON_CACHE_DIR"] == f"{project}/.cache/triton"
+
+
 def test_two_copies_of_the_trainer_have_equal_losses(project, capsys):
     """The real one, from an extract's kind of folder without data; two steps of the smoke preset on a CPU."""
+    subprocess.run(["git", "init", "-q"], cwd=project, check=True)
+    subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", "commit", "-q", "--allow-empty", "-m", "x"],
+                   cwd=project, check=True)  # which describes no copy
     for name in ("one", "two"):
         (project / name).mkdir()
         for script in ("train_gpt.py", "triton_kernels.py"):
