@@ -16,6 +16,7 @@ import datetime
 import difflib
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -27,9 +28,10 @@ import sys
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +55,7 @@ class UserError(Exception):
     """A mistake the user can mend: one sentence with the value and the remedy, printed without a traceback."""
 
 
-########################################
-#         Configuration: tables        #
-########################################
-
+# ==================== Configuration: tables ====================
 
 class Layer(NamedTuple):
     """One row a layer; init and forward read it, so no layer number stands anywhere else."""
@@ -64,8 +63,11 @@ class Layer(NamedTuple):
     paired: bool = False          # two half-sets of heads interleaved as one sequence of 2T (record #58)
     key_offset: bool = False      # the key half that does not rotate comes from the token before (record #49)
     value_embed: bool = False     # adds a gated token embedding to V (arXiv 2410.17897, record #14)
-    skip_from: int | None = None  # adds the gated output of an earlier layer to the input (record #11)
-    backout: bool = False         # this output is subtracted, scaled, from the last (record #40)
+    exclusive: bool = False       # heads leave out what lies along the token's own V (XSA, arXiv 2603.09078)
+    reads: int | None = None      # attention reads the output of an earlier layer (record #77)
+    mixes: int | None = None      # V, input and output mixed with x0 and an earlier layer's output (record #81)
+    skip_from: int | None = None  # adds the output of an earlier layer (record #11)
+    final: float | None = None    # its output is mixed into the model's, at first with this factor (record #81)
 
 
 class Shape(NamedTuple):
@@ -75,6 +77,8 @@ class Shape(NamedTuple):
     mlp_dim: int
     bigram_rows: int              # rows of the hashed bigram table; the last is for the first token
     layers: tuple[Layer, ...]
+    mix_dim: int = 64             # width of the small networks that mix the residual stream
+    mix_groups: int = 12          # groups of channels that the last mix weighs apart
     attn_scale: float = 0.1       # softmax scale of the first window; grows with the window (YaRN)
     vocab: int = 50304            # 50,257 padded to a multiple of 128
 
@@ -107,19 +111,19 @@ class Param(NamedTuple):
     betas: tuple[float, float] = (0.0, 0.0)
 
 
-# Record #64 (reference: its log's source); the first stage's 896 is record #72's.
-GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=5 * 50304, layers=(
+# Record #64, with later records' forms where their numbers stand (reference: its log's source).
+GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=7 * 50304 + 25152, layers=(
     Layer("short", paired=True, value_embed=True),
-    Layer("short", value_embed=True),
+    Layer("short", exclusive=True, value_embed=True),
     Layer("short", paired=True),
-    Layer("long", key_offset=True),
-    Layer("short"),
+    Layer("long", exclusive=True, key_offset=True, final=0.0),
+    Layer("short", exclusive=True),
     Layer("short", paired=True),
     Layer("", skip_from=3),
-    Layer("short", backout=True),
+    Layer("short", exclusive=True, final=-0.5),
     Layer("short", value_embed=True),
-    Layer("short", paired=True, value_embed=True),
-    Layer("long", key_offset=True, value_embed=True),
+    Layer("short", paired=True, value_embed=True, reads=7, final=0.0),
+    Layer("long", key_offset=True, value_embed=True, reads=7, mixes=7),
 ))
 GPT2_STAGES = (
     Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0)), tied=True),
@@ -127,11 +131,11 @@ GPT2_STAGES = (
     Stage(1, 393_216, 2048, 640, 1408, 1.73, ((1,), (1,)), tied=False),
     Stage(2, 393_216, 2048, 768, 1664, 1.73, ((1,), (1,)), tied=False),
 )
-SMOKE_SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=512, bigram_rows=8192, layers=(
+SMOKE_SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=512, bigram_rows=8192, mix_groups=2, layers=(
     Layer("short", paired=True, value_embed=True),
-    Layer("long", key_offset=True),
-    Layer("", skip_from=1, backout=True),
-    Layer("short", value_embed=True),
+    Layer("long", exclusive=True, key_offset=True),
+    Layer("", skip_from=1, final=-0.5),
+    Layer("short", value_embed=True, reads=1, mixes=1),
 ))
 SMOKE_STAGES = (
     Stage(1 / 3, 1024, 96, 32, 64, 1.0, ((1, .5), (1, 0)), tied=True),
@@ -154,15 +158,20 @@ PARAMS = {
 SMALL_PARAMS = {
     "resid_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),   # (L,) scale of the residual stream at each layer
     "x0_lambdas": Param("adam", (5.0,), 0.0, (.65, .95)),     # (L,) how much of the embedding is mixed back in
-    "bigram_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),  # (L,) the same of the bigram embedding
+    "bigram_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),  # (L + 1,) the same of the bigram, first at the input
     "attn_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),    # (A, 2) scales of the QKV and the output matrix
     "smear_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),    # ()
     "skip_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),     # ()
-    "backout_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),  # ()
+    "final_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),   # (S,) sources of the last mix
     "smear_gate": Param("adam", (.01,), 0.0, (.9, .99)),      # (G,) gates read the first G channels
-    "skip_gate": Param("adam", (.05,), 0.0, (.9, .99)),       # (G,)
     "attn_gates": Param("adam", (1.0,), 1.0, (.9, .99)),      # (A, H, G)
     "value_gates": Param("adam", (1.0,), 1.0, (.9, .99)),     # (E, H, G)
+    "mix_in": Param("adam", (.1,), 1.0, (.9, .99)),           # (L, M, D) networks of a token's own coefficients
+    "mix_out": Param("adam", (.1,), 1.0, (.9, .99)),          # (L, 3 + H, M) x0, bigram, skip, exclusion by head
+    "layer_mix_in": Param("adam", (.25,), 1.0, (.9, .99)),    # (N, M, D) for the N layers that mix
+    "layer_mix_out": Param("adam", (.25,), 1.0, (.9, .99)),   # (N, 12, M) 3 for V, 3 before attention, 4 and 2 after
+    "final_in": Param("adam", (.25,), 1.0, (.9, .99)),        # (M, D)
+    "final_out": Param("adam", (.25,), 1.0, (.9, .99)),       # (S groups, M)
 }
 GATE_CHANNELS = 12  # record #28
 
@@ -195,8 +204,8 @@ class Config:
     compile: str = knob("auto", "torch.compile: auto (on a GPU), on or off")
     lr_normuon: float = knob(0.023, "learning rate of the matrices")
     lr_adam: float = knob(0.008, "learning rate of everything else")
-    cooldown: float = knob(0.55, "share of the scheduled steps over which the learning rate falls")
-    lr_floor: float = knob(0.1, "learning rate factor at the end of the schedule")
+    cooldown: float = knob(0.6, "share of the scheduled steps over which the learning rate falls")
+    lr_floor: float = knob(0.15, "learning rate factor at the end of the schedule")
     momentum_warmup: int = knob(300, "steps over which NorMuon's momentum rises from 0.85 to 0.95")
     momentum_cooldown: int = knob(50, "last steps, over which it falls back")
     final_window: int = knob(2560, "long window of the last validation (no YaRN update, record #33)")
@@ -287,10 +296,7 @@ def check_config(cfg: Config) -> None:
          f"{8 * cfg.val_slice_tokens}")
 
 
-########################################
-#               Schedule               #
-########################################
-
+# ==================== Schedule ====================
 
 def stage_ends(cfg: Config) -> list[int]:
     """Step at which each stage ends. Ends within the schedule are even, so that a stage starts on a step without
@@ -301,13 +307,6 @@ def stage_ends(cfg: Config) -> list[int]:
 def stage_at(cfg: Config, step: int) -> int:
     """Index of the stage of a step; the last stage also answers for the step after the end (the last validation)."""
     return next((i for i, end in enumerate(stage_ends(cfg)) if step < end), len(cfg.stages) - 1)
-
-
-def stage_progress(cfg: Config, step: int) -> float:
-    """0 at the first step of its stage, towards 1 at its end."""
-    ends, i = stage_ends(cfg), stage_at(cfg, step)
-    start = ends[i - 1] if i else 0
-    return (step - start) / max(1, ends[i] - start)
 
 
 def lr_factor(cfg: Config, step: int) -> float:
@@ -324,9 +323,9 @@ def momentum(cfg: Config, step: int, low: float = 0.85, high: float = 0.95) -> f
 
 def mtp_weights(cfg: Config, step: int) -> list[float]:
     """Weights of the next tokens in the loss: linear between the ends of the stage (arXiv 2404.19737, record #53)."""
-    begin, end = cfg.stages[stage_at(cfg, step)].mtp
-    progress = stage_progress(cfg, step)
-    return [a + (b - a) * progress for a, b in zip(begin, end, strict=True)]
+    ends, i = [0, *stage_ends(cfg)], stage_at(cfg, step)
+    progress = (step - ends[i]) / max(1, ends[i + 1] - ends[i])
+    return [a + (b - a) * progress for a, b in zip(*cfg.stages[i].mtp, strict=True)]
 
 
 class View(NamedTuple):
@@ -365,10 +364,7 @@ def rotary_tables(cfg: Config, stage: int, length: int, device, dtype) -> tuple[
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-########################################
-#              Operations              #
-########################################
-
+# ==================== Operations ====================
 
 def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
@@ -378,6 +374,34 @@ def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     """(T,) int32 token ids to rows of the bigram table; the first token has the last row (record #62)."""
     hashed = torch.bitwise_xor(tokens[1:] * 36313, tokens[:-1] * 27191) % (rows - 1)  # below 2^31 for GPT-2's ids
     return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
+
+
+def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor) -> Tensor:
+    """(T,) tokens to (T, D): the hashed row, each channel's sign by another hash, so that bigrams which share a row
+    disturb one another less (record #83). signs: (a power of two, D), 1 or -1."""
+    before = F.pad(tokens[:-1], (1, 0))
+    hashed = torch.bitwise_and(torch.bitwise_xor(before * 30011, tokens * 48271), len(signs) - 1)  # wraps in int32
+    return F.embedding(bigram_hash(tokens, len(table)), table) * F.embedding(hashed, signs)
+
+
+def mix(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """Corrections, a token's own, to learned coefficients: x (T, D), w_in (M, D), w_out (N, M) to (T, N) (MUDD, arXiv
+    2502.12170; records #81, #85)."""
+    return 0.1 * F.gelu(x @ w_in.to(x.dtype).t()) @ w_out.to(x.dtype).t()
+
+
+def weigh(amounts: Tensor, sources: Iterable[Tensor]) -> Tensor:
+    """sum over k of amounts[:, k] * sources[k], each of G groups of channels by its own amount: amounts (T, K, G),
+    K sources of (T, D), out (T, D)."""
+    groups = amounts.size(2)
+    return sum(amount[..., None] * source.unflatten(1, (groups, -1))
+               for amount, source in zip(amounts.unbind(1), sources, strict=True)).flatten(1)
+
+
+def exclude(y: Tensor, v: Tensor, amount: Tensor) -> Tensor:
+    """Takes out of attention's output y (T, H, D) the share tanh(amount) of what lies along v; amount: (T, H)."""
+    along = (y * v).sum(-1) / v.square().sum(-1).clamp_min(1e-8)
+    return y - (torch.tanh(amount) * along)[..., None] * v
 
 
 # Scales of the FP8 head, by hand (record #51): stored = value / scale. Inputs are RMS-normed, so |x| < 28.
@@ -434,18 +458,20 @@ def token_losses(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(23 * torch.sigmoid((logits + 5) / 7.5), targets.long(), reduction="none")
 
 
-########################################
-#                 Model                #
-########################################
-
+# ==================== Model ====================
 
 def small_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     layers, attn, values = len(shape.layers), len(shape.attn_layers), len(shape.value_layers)
+    deep = sum(layer.mixes is not None for layer in shape.layers)
+    sources = 1 + sum(layer.final is not None for layer in shape.layers) + values
     return {
-        "resid_lambdas": (layers,), "x0_lambdas": (layers,), "bigram_lambdas": (layers,), "attn_lambdas": (attn, 2),
-        "smear_lambda": (), "skip_lambda": (), "backout_lambda": (),
-        "smear_gate": (GATE_CHANNELS,), "skip_gate": (GATE_CHANNELS,),
-        "attn_gates": (attn, shape.heads, GATE_CHANNELS), "value_gates": (values, shape.heads, GATE_CHANNELS),
+        "resid_lambdas": (layers,), "x0_lambdas": (layers,), "bigram_lambdas": (layers + 1,),
+        "attn_lambdas": (attn, 2), "smear_lambda": (), "skip_lambda": (), "final_lambdas": (sources,),
+        "smear_gate": (GATE_CHANNELS,), "attn_gates": (attn, shape.heads, GATE_CHANNELS),
+        "value_gates": (values, shape.heads, GATE_CHANNELS),
+        "mix_in": (layers, shape.mix_dim, shape.dim), "mix_out": (layers, 3 + shape.heads, shape.mix_dim),
+        "layer_mix_in": (deep, shape.mix_dim, shape.dim), "layer_mix_out": (deep, 12, shape.mix_dim),
+        "final_in": (shape.mix_dim, shape.dim), "final_out": (sources * shape.mix_groups, shape.mix_dim),
     }
 
 
@@ -460,11 +486,6 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
     return torch.sigmoid(x[:, :weight.size(-1)] @ weight.to(x.dtype).t())
 
 
-def bank_rows(count: int) -> int:
-    """Matrices in a bank, padded so that 8 processes hold equal shares."""
-    return -(-count // 8) * 8
-
-
 class GPT(nn.Module):
     """Parameters by name; every matrix of a kind in one bank, so that an optimizer step is a few large operations.
 
@@ -475,9 +496,9 @@ class GPT(nn.Module):
         super().__init__()
         self.shape, self.kernels = shape, kernels
         self.small_shapes = small_shapes(shape)
-        sizes = {
-            "attn_bank": (bank_rows(4 * len(shape.attn_layers)), shape.dim, shape.dim),
-            "mlp_bank": (bank_rows(2 * len(shape.layers)), shape.mlp_dim, shape.dim),
+        sizes = {  # banks are padded so that 8 processes hold equal shares
+            "attn_bank": (-(-4 * len(shape.attn_layers) // 8) * 8, shape.dim, shape.dim),
+            "mlp_bank": (-(-2 * len(shape.layers) // 8) * 8, shape.mlp_dim, shape.dim),
             "value_embeds": (len(shape.value_layers) * shape.vocab, shape.dim),
             "bigram_embed": (shape.bigram_rows, shape.dim),
             "head": (shape.vocab, shape.dim),
@@ -485,6 +506,8 @@ class GPT(nn.Module):
         }
         for name, size in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype)))
+        signs = torch.randint(0, 2, (8192, shape.dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        self.register_buffer("signs", signs.to(dtype))
         small = sum(math.prod(size) for size in self.small_shapes.values())
         self.small = nn.Parameter(torch.empty(small, dtype=torch.promote_types(dtype, torch.float32)))
 
@@ -492,70 +515,99 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """The same weights for a seed on every machine: drawn on the CPU in float32. Scales: record #64."""
         draw = torch.Generator().manual_seed(seed)
+
+        def fill(tensor: Tensor, bound: float = 0.0, deviation: float = 0.0) -> None:
+            new = torch.empty(tensor.shape)
+            tensor.copy_(new.uniform_(-bound, bound, generator=draw) if bound else
+                         new.normal_(0, deviation, generator=draw))
+
         for parameter in self.parameters():
             parameter.zero_()
-        bound = 0.5 * (3 / self.shape.dim) ** 0.5  # uniform with standard deviation 0.5 / sqrt(dim)
-        up = torch.empty_like(self.mlp_bank[::2], device="cpu", dtype=torch.float32)
-        attn = torch.empty_like(self.attn_bank, device="cpu", dtype=torch.float32)
-        head = torch.empty_like(self.head, device="cpu", dtype=torch.float32)
-        self.attn_bank.copy_(attn.uniform_(-bound, bound, generator=draw))
-        self.mlp_bank[::2].copy_(up.uniform_(-bound, bound, generator=draw))  # the way down starts at zero
-        self.head.copy_(head.normal_(0, 0.005, generator=draw))
+        for bank in (self.attn_bank, self.mlp_bank[::2]):  # the way down starts at zero
+            fill(bank, bound=0.5 * (3 / self.shape.dim) ** 0.5)  # standard deviation 0.5 / sqrt(dim)
+        fill(self.head, deviation=0.005)
         self.embed.copy_(self.head)
+        for table in self.value_embeds.split(self.shape.vocab):
+            fill(table, deviation=0.01)
         small = unpack(self.small, self.small_shapes)
-        for name, value in (("resid_lambdas", 1.1), ("bigram_lambdas", 0.1), ("backout_lambda", 0.5),
-                            ("skip_lambda", -1.5)):
+        for name, value in (("resid_lambdas", 1.1), ("bigram_lambdas", 0.1), ("skip_lambda", 0.18)):
             small[name].fill_(value)
+        factors = [layer.final for layer in self.shape.layers if layer.final is not None]
+        small["final_lambdas"][1:1 + len(factors)] = torch.tensor(factors)
+        for name in ("mix_in", "layer_mix_in", "final_in"):
+            fill(small[name], bound=self.shape.dim ** -0.5)
         small["attn_lambdas"].copy_(torch.tensor([0.5, 1.0]).expand(len(self.shape.attn_layers), 2))
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor,
-                view: View) -> Tensor:
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View) -> Tensor:
         """Packed documents to RMS-normed hidden states.
 
         tokens: (T,) int32; cu_seqlens: (N + 1,) int32 document starts, padded with T; cos, sin: (at least 2T, D / 4);
         out: (T, dim)."""
         shape = self.shape
         small = unpack(self.small, self.small_shapes)
-        resid, x0_lambdas, bigram_lambdas = (small[name].unbind() for name in
-                                             ("resid_lambdas", "x0_lambdas", "bigram_lambdas"))
-        attn_rows = dict(zip(shape.attn_layers, zip(self.attn_bank.split(4), small["attn_lambdas"].unbind(),
-                                                    small["attn_gates"].unbind(), strict=False), strict=False))
+        resid, x0_lambdas, bigram_lambdas = (small[f"{name}_lambdas"].unbind() for name in ("resid", "x0", "bigram"))
+        attn_rows = zip(self.attn_bank.split(4), small["attn_lambdas"].unbind(), small["attn_gates"].unbind(),
+                        strict=False)  # the bank's last rows may be padding
         mlp_rows = self.mlp_bank.unbind()
+        networks = zip(small["mix_in"].unbind(), small["mix_out"].unbind(), strict=True)
+        mixers = zip(small["layer_mix_in"].unbind(), small["layer_mix_out"].unbind(), strict=True)
 
         x = F.embedding(tokens, self.head if view.tied else self.embed)
         x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"])[:, None] * x[:-1]))
         x = x0 = rms_norm(x)
-        bigram = F.embedding(bigram_hash(tokens, shape.bigram_rows), self.bigram_embed)
+        bigram = bigram_vectors(tokens, self.bigram_embed, self.signs)
+        x = x + bigram_lambdas[0] * bigram
         tables = torch.arange(len(shape.value_layers), device=tokens.device, dtype=tokens.dtype) * shape.vocab
-        values = F.embedding(tables[:, None] + tokens, self.value_embeds).unbind()
-        values = dict(zip(shape.value_layers, zip(values, small["value_gates"].unbind(), strict=True), strict=True))
+        embedded = F.embedding(tables[:, None] + tokens, self.value_embeds).unbind()
+        values = zip(embedded, small["value_gates"].unbind(), strict=True)
 
         where = documents(cu_seqlens, max_doc, len(tokens))
-        outputs, backout = [], 0.0
-        for i, layer in enumerate(shape.layers):
+        outputs = []
+        for i, (layer, network) in enumerate(zip(shape.layers, networks, strict=True)):
+            h = rms_norm(x if layer.reads is None else outputs[layer.reads])
+            x0_mix, bigram_mix, skip_mix, excluded = mix(h, *network).split((1, 1, 1, shape.heads), 1)
+            extra = None
+            if layer.mixes is not None:
+                by = mix(rms_norm(x), *next(mixers))[..., None].split((3, 3, 4, 2), 1)
+                extra = weigh(by[0], (x0, outputs[layer.mixes], x))
+                x = x + weigh(by[1], (x, x0, outputs[layer.mixes]))
+            x = resid[i] * x + (x0_lambdas[i] + x0_mix) * x0 + (bigram_lambdas[i + 1] + bigram_mix) * bigram
             if layer.skip_from is not None:
-                amount = torch.sigmoid(small["skip_lambda"]) * 2 * gate(x0, small["skip_gate"])
-                x = x + amount[:, None] * outputs[layer.skip_from]
-            x = resid[i] * x + x0_lambdas[i] * x0 + bigram_lambdas[i] * bigram
+                x = x + (small["skip_lambda"] + skip_mix) * outputs[layer.skip_from]
             if layer.window:
-                x = x + self.attend(rms_norm(x), layer, attn_rows[i], values.get(i), where, cos, sin, view)
-            x = x + self.kernels.mlp(rms_norm(x), mlp_rows[2 * i], mlp_rows[2 * i + 1])
+                value = next(values) if layer.value_embed else None
+                y = self.attend(h, layer, next(attn_rows), value, extra, excluded, where, cos, sin, view)
+                x = x + y if extra is None else x + y + weigh(by[2], (x, y, x0, bigram))
+            y = self.kernels.mlp(rms_norm(x), mlp_rows[2 * i], mlp_rows[2 * i + 1])
+            x = x + y if extra is None else x + y + weigh(by[3], (x, y))
             outputs.append(x)
-            if layer.backout:
-                backout = small["backout_lambda"] * x
-        return rms_norm(x - backout)
+
+        sources = [x0, *(outputs[i] for i, layer in enumerate(shape.layers) if layer.final is not None), *embedded]
+        amounts = small["final_lambdas"].to(x.dtype)[:, None] + mix(rms_norm(x), small["final_in"], small["final_out"]
+                                                                    ).view(len(x), len(sources), shape.mix_groups)
+        return rms_norm(x + weigh(amounts, sources))
 
     def attend(self, x: Tensor, layer: Layer, rows: tuple[Tensor, Tensor, Tensor], value: tuple[Tensor, Tensor] | None,
-               where: triton_kernels.Documents, cos: Tensor, sin: Tensor, view: View) -> Tensor:
-        """Self-attention of normed inputs x (T, dim) by one layer's row of the table; out: (T, dim)."""
+               extra: Tensor | None, excluded: Tensor, where: triton_kernels.Documents, cos: Tensor, sin: Tensor,
+               view: View) -> Tensor:
+        """Self-attention of normed inputs x (T, dim) by one layer's row of the table; out: (T, dim). extra: (T, dim),
+        added to V; excluded: (T, H)."""
         heads, head_dim = self.shape.heads, self.shape.head_dim
         matrices, (qkv_scale, out_scale), gate_weight = rows
         w_qkv, w_out = matrices.flatten(0, 1).split((3 * self.shape.dim, self.shape.dim))
         embedded, value_gate = (value[0], 2 * gate(x, value[1])) if value is not None else (None, None)
+        if extra is not None:
+            embedded = extra if embedded is None else extra + weigh(value_gate[:, None], (embedded,))
+            value_gate = x.new_ones(len(x), heads)
+        qkv = x @ (qkv_scale * w_qkv).t()
         y = self.kernels.attention(
-            x @ (qkv_scale * w_qkv).t(), where, heads, head_dim, head_dim,
+            qkv, where, heads, head_dim, head_dim,
             view.short if layer.window == "short" else view.long, view.scale, cos, sin, gate(x, gate_weight), embedded,
             value_gate, paired=layer.paired, key_offset=layer.key_offset)
+        if layer.exclusive:
+            v = qkv[:, -self.shape.dim:].view(-1, heads, head_dim)
+            v = v if embedded is None else v + value_gate[..., None] * embedded.view(v.shape)
+            y = exclude(y.view(v.shape), v, excluded).flatten(1)
         return y @ (out_scale * w_out).t()
 
 
@@ -566,9 +618,7 @@ def slice_loss(model: GPT, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos
     return HeadLoss.apply(x, model.head, tokens[1:], weights, fp8, model.kernels)
 
 
-########################################
-#               Optimizer              #
-########################################
+# ==================== Optimizer ====================
 
 def normuon_direction(g: Tensor, momentum_buffer: Tensor, second: Tensor, mu: Tensor, beta2: float,
                       orthogonalise: Callable) -> Tensor:
@@ -598,7 +648,7 @@ def join_float(high: Tensor, low: Tensor) -> Tensor:
 
 
 def normuon_step(p: Tensor, g: Tensor, momentum_buffer: Tensor, second: Tensor, low: Tensor | None, lr: Tensor,
-                 decay: Tensor, mu: Tensor, orthogonalise: Callable, beta2: float = 0.95) -> None:
+                 decay: Tensor, mu: Tensor, orthogonalise: Callable, beta2: float = 0.9) -> None:
     """One step on a bank p (N, R, C), in place. lr, decay: (N, 1, 1). Weight decay acts where update and weight agree
     in sign (cautious weight decay, arXiv 2510.12402). `low` holds the low halves of bfloat16 weights, so the master
     weight is float32 without a second copy of the high half; None for wider weights."""
@@ -625,11 +675,7 @@ def adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Ten
     p.copy_(weight - update - decay * weight * (update * weight > 0))
 
 
-class Done:
-    """The handle of a collective among one process."""
-
-    def wait(self) -> None:
-        pass
+DONE = SimpleNamespace(wait=lambda: None)  # the handle of a collective among one process
 
 
 class World(NamedTuple):
@@ -641,18 +687,18 @@ class World(NamedTuple):
     def reduce_scatter(self, full: Tensor):
         """Sum over processes; each gets its share of the first dimension."""
         if self.size == 1:
-            return full, Done()
+            return full, DONE
         share = torch.empty_like(full[:full.size(0) // self.size])
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
         return share, call(share, full.contiguous(), async_op=True)
 
     def all_reduce(self, full: Tensor):
-        return full, Done() if self.size == 1 else dist.all_reduce(full, async_op=True)
+        return full, DONE if self.size == 1 else dist.all_reduce(full, async_op=True)
 
     def all_gather(self, full: Tensor):
         """Every process's share of `full` to all, in place."""
         if self.size == 1:
-            return Done()
+            return DONE
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return call(full, self.share(full), async_op=True)
 
@@ -683,16 +729,17 @@ class Optimizer:
         self.wd_normuon, self.wd_adam, self.orthogonalise = 1.2, 0.005, model.kernels.orthogonalise
         self.state = {name: self.new_state(name) for name in self.params}
         self.bank_rates = {name: self.new_rates(name) for name, row in PARAMS.items() if row.algorithm == "normuon"}
-        self.small_rows = self.expand_small(model)
+        counts = torch.tensor([math.prod(shape) for shape in model.small_shapes.values()])
+        columns = zip(*((p.lr_mul[0], p.wd_mul, *p.betas) for p in SMALL_PARAMS.values()), strict=True)
+        self.small_rows = {  # a rate, a decay and two betas for each element of the packed small parameters
+            key: torch.tensor(column).repeat_interleave(counts).to(world.device, model.small.dtype)
+            for key, column in zip(("lr_mul", "wd_mul", "beta1", "beta2"), columns, strict=True)}
         self.normuon_step, self.adam_step = compiler(compiled)(normuon_step), compiler(compiled)(adam_step)
-
-    def replicated(self, name: str) -> bool:
-        return name == "small"
 
     def own(self, name: str) -> Tensor:
         """The part of a parameter that this process updates."""
         data = self.params[name].data
-        return data if self.replicated(name) else self.world.share(data)
+        return data if name == "small" else self.world.share(data)
 
     def new_state(self, name: str) -> dict[str, Tensor]:
         p = self.own(name)
@@ -715,27 +762,14 @@ class Optimizer:
         shape_factor = max(1, p.size(1) / p.size(2)) ** 0.5
         return (shape_factor * rates).to(p.device, torch.promote_types(p.dtype, torch.float32)).view(-1, 1, 1)
 
-    def expand_small(self, model: GPT) -> dict[str, Tensor]:
-        """One learning rate, decay and pair of betas for each element of the packed small parameters."""
-        counts = torch.tensor([math.prod(shape) for shape in model.small_shapes.values()])
-        columns = {"lr_mul": [p.lr_mul[0] for p in SMALL_PARAMS.values()],
-                   "wd_mul": [p.wd_mul for p in SMALL_PARAMS.values()],
-                   "beta1": [p.betas[0] for p in SMALL_PARAMS.values()],
-                   "beta2": [p.betas[1] for p in SMALL_PARAMS.values()]}
-        return {key: torch.tensor(column).repeat_interleave(counts).to(self.world.device, model.small.dtype)
-                for key, column in columns.items()}
-
     def reset(self) -> None:
         for tensor in self.tensors().values():
             tensor.zero_()
-        self.clear_grads()
+        for p in self.params.values():
+            p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name, state in self.state.items() for key, tensor in state.items()}
-
-    def clear_grads(self) -> None:
-        for p in self.params.values():
-            p.grad = None
 
     def untie(self) -> None:
         """From here on embedding and head are two tables; they start with the same values and the same moments."""
@@ -749,7 +783,7 @@ class Optimizer:
         gradients of two (record #39)."""
         due = [name for name, p in self.params.items() if p.grad is not None
                and (PARAMS[name].algorithm == "normuon" or step % 2 == 1)]
-        reduced = {name: (self.world.all_reduce if self.replicated(name) else self.world.reduce_scatter)
+        reduced = {name: (self.world.all_reduce if name == "small" else self.world.reduce_scatter)
                    (self.params[name].grad) for name in due}
         gathers = []
         for name in due:
@@ -757,7 +791,7 @@ class Optimizer:
             work.wait()
             self.update(name, grad, step)
             self.params[name].grad = None
-            if not self.replicated(name):
+            if name != "small":  # whole on every process
                 gathers.append(self.world.all_gather(self.params[name].data))
         for work in gathers:
             work.wait()
@@ -774,22 +808,14 @@ class Optimizer:
                               self.orthogonalise)
             return
         state["count"] += 1
-        lr = self.cfg.lr_adam * factor
-        if name == "small":
-            rows = self.small_rows
-            lr = lr * rows["lr_mul"]
-            self.adam_step(p, grad, **state, lr=lr, decay=lr * lr * self.wd_adam * rows["wd_mul"],
-                           beta1=rows["beta1"], beta2=rows["beta2"])
-        else:
-            lr = torch.tensor(lr * row.lr_mul[0])
-            self.adam_step(p, grad, **state, lr=lr, decay=lr * lr * (self.wd_adam * row.wd_mul),
-                           beta1=row.betas[0], beta2=row.betas[1])
+        by = self.small_rows if name == "small" else dict(lr_mul=torch.tensor(row.lr_mul[0]), wd_mul=row.wd_mul,
+                                                          beta1=row.betas[0], beta2=row.betas[1])
+        lr = self.cfg.lr_adam * factor * by["lr_mul"]
+        self.adam_step(p, grad, **state, lr=lr, decay=lr * lr * (self.wd_adam * by["wd_mul"]), beta1=by["beta1"],
+                       beta2=by["beta2"])
 
 
-########################################
-#                 Data                 #
-########################################
-
+# ==================== Data ====================
 
 def find_shards(cfg: Config, what: str) -> list[Path]:
     """Files of a glob (relative to this file unless absolute), sorted. Raises UserError when there is none."""
@@ -985,7 +1011,15 @@ class Loader:
             tokens, starts = self.stream.take(count + 1, max_doc, want=mine)
             if mine:
                 batches.append((tokens, seqlens(starts, count, table_rows(self.plan.documents[i]))))
-        return to_device(batches, self.world.device, self.copies)
+        batches = [Batch(*(torch.from_numpy(array) for array in batch)) for batch in batches]
+        if self.copies is None:
+            return batches, None
+        with torch.cuda.device(self.world.device), torch.cuda.stream(self.copies):
+            batches = [Batch(*(x.pin_memory().to(self.world.device, non_blocking=True) for x in batch))
+                       for batch in batches]
+            copied = torch.cuda.Event()
+            copied.record()
+        return batches, copied
 
     def next(self) -> list[Batch]:
         """The slices of the next step."""
@@ -1006,18 +1040,6 @@ class Loader:
 
 def table_rows(documents: int) -> int:
     return -(-documents // 32) * 32
-
-
-def to_device(batches: list[tuple[np.ndarray, np.ndarray]], device: torch.device, stream) -> tuple[list[Batch], object]:
-    """Host arrays to the device through pinned memory, on a stream of its own."""
-    batches = [Batch(*(torch.from_numpy(array) for array in batch)) for batch in batches]
-    if stream is None:
-        return batches, None
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        batches = [Batch(*(x.pin_memory().to(device, non_blocking=True) for x in batch)) for batch in batches]
-        copied = torch.cuda.Event()
-        copied.record()
-    return batches, copied
 
 
 class Validation(NamedTuple):
@@ -1047,10 +1069,7 @@ def read_validation(cfg: Config, world: World) -> Validation:
     return Validation(slices, max_doc)
 
 
-########################################
-#                 Log                  #
-########################################
-
+# ==================== Log ====================
 
 class Log:
     """One text file a run; only rank 0 writes. A write that fails (a full disk) is kept and tried again with the
@@ -1183,7 +1202,6 @@ class Console:
     def __init__(self, cfg: Config, rank: int):
         self.cfg, self.quiet = cfg, rank != 0
         self.bar, self.loss = None, "..."
-        self.terminal = sys.stderr.isatty()
         self.every = max(cfg.log_every, cfg.last_step // 20)
 
     def say(self, text: str) -> None:
@@ -1196,7 +1214,7 @@ class Console:
             sys.stdout, self.quiet = open(os.devnull, "w"), True
 
     def start(self) -> None:
-        if not self.quiet and self.terminal:
+        if not self.quiet and sys.stderr.isatty():
             self.bar = tqdm(total=self.cfg.last_step, unit="step", dynamic_ncols=True)
 
     def step(self, step: int, tokens: int, seconds: float) -> None:
@@ -1216,10 +1234,7 @@ class Console:
             self.bar = None
 
 
-########################################
-#                 Train                #
-########################################
-
+# ==================== Train ====================
 
 class Trainer:
     """A model, its optimizer and the one train_step and the one evaluate that warm-up, trials and the run all use."""
@@ -1240,19 +1255,17 @@ class Trainer:
 
     def describe(self, plan: Plan) -> list[str]:
         """Batch arithmetic and what this machine switches, for the console and the log."""
-        cfg, share = self.cfg, self.cfg.slices // self.world.size
-        ends = stage_ends(cfg)
+        cfg, share, ends = self.cfg, self.cfg.slices // self.world.size, stage_ends(self.cfg)
+        dtype = str(self.dtype).removeprefix("torch.")
         rows = [f"stage {i}: steps {start}-{min(end, cfg.last_step) - 1}, {stage.tokens:,} tokens a step = "
                 f"{self.world.size} process(es) x {share} slice(s) x {stage.tokens // cfg.slices:,} tokens, documents "
                 f"cut at {stage.max_doc}, windows {stage.short}/{stage.long}"
                 for i, (start, end, stage) in enumerate(zip([0, *ends[:-1]], ends, cfg.stages, strict=True))
                 if start < cfg.last_step and start < end]
-        parameters = sum(p.numel() for p in self.model.parameters())
         return [*rows,
                 f"data: {plan.tokens:,} training tokens from {plan.shards} shard(s), {cfg.val_tokens:,} for validation",
-                f"model: {parameters:,} parameters, {str(self.dtype).removeprefix('torch.')}, head "
-                f"{'fp8' if self.fp8 else str(self.dtype).removeprefix('torch.')}, "
-                f"torch.compile {'on' if self.compiled else 'off'}",
+                f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters, {dtype}, head "
+                f"{'fp8' if self.fp8 else dtype}, torch.compile {'on' if self.compiled else 'off'}",
                 "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items())]
 
     def reset(self, seed: int) -> None:
@@ -1277,11 +1290,13 @@ class Trainer:
         stage = self.enter(step)
         max_doc = self.cfg.stages[stage].max_doc
         weights = mtp_weights(self.cfg, step)
+        # where the batch grows, gradients keep the first stage's size, so that Adam's moments carry over
+        scale = self.cfg.stages[0].tokens / (self.cfg.stages[stage].tokens * self.cfg.slices)
         on_device = torch.tensor(weights).to(self.world.device, non_blocking=True)
         total = 0.0
         for batch in batches:
             loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary, self.view, on_device, self.fp8)
-            (loss / self.cfg.slices).backward()
+            (loss * scale).backward()
             total = total + loss.detach()
         self.optimizer.step(step)
         return total / (self.cfg.stages[stage].tokens * sum(weights))
@@ -1310,18 +1325,17 @@ class Trainer:
         """Runs every graph that the run needs (each stage with and without Adam, each validation view) on made-up
         tokens, then puts every bit of state back to its start. Outside the clock; sees no token of the data."""
         begin, last = time.perf_counter(), stage_at(self.cfg, max(0, self.cfg.last_step - 1))
-        starts = [0, *stage_ends(self.cfg)[:-1]]
-        for i, start in enumerate(starts[:last + 1]):
-            if start >= stage_ends(self.cfg)[i]:
+        for i, (start, end) in enumerate(itertools.pairwise([0, *stage_ends(self.cfg)][:last + 2])):
+            if start >= end:
                 continue
             draw = np.random.default_rng(i)
             count = self.cfg.stages[i].tokens // self.cfg.slices
-            batches = [made_up_batch(draw, count, plan.documents[i]) for _ in
-                       range(self.cfg.slices // self.world.size)]
-            batches = [Batch(*(torch.from_numpy(x).to(self.world.device) for x in batch)) for batch in batches]
+            batches = [Batch(*(torch.from_numpy(x).to(self.world.device) for x in
+                               made_up_batch(draw, count, plan.documents[i])))
+                       for _ in range(self.cfg.slices // self.world.size)]
             with torch.enable_grad():
                 self.train_step(start, batches)
-                self.train_step(start + 1 - start % 2 if start + 1 < stage_ends(self.cfg)[i] else start, batches)
+                self.train_step(start + 1 - start % 2 if start + 1 < end else start, batches)
             if self.cfg.val_every or i == last:
                 tokens, table = (len(x) for x in validation.slices[0])
                 documents = -(-tokens // validation.max_doc)
@@ -1454,10 +1468,7 @@ def flush_losses(pending: deque, log: Log, console: Console, wait: bool = False)
             raise UserError(diverged(console.cfg, "train_loss", loss.item(), step))
 
 
-########################################
-#                 main                 #
-########################################
-
+# ==================== main ====================
 
 def start_world(cfg: Config) -> World:
     """This process's place among the others (torchrun's environment, or alone). Raises UserError."""

@@ -20,11 +20,11 @@ import triton_kernels  # noqa: E402
 # runs the folder in processes of its own.
 collect_ignore_glob = [] if torch.cuda.is_available() or triton_kernels.INTERPRETED else ["kernels/*"]
 REFERENCE, _ = triton_kernels.choose((0, 0), torch.float32)  # plain PyTorch throughout
-TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_rows=256, layers=(
+TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_rows=256, mix_dim=8, mix_groups=2, layers=(
     train_gpt.Layer("short", paired=True, value_embed=True),
-    train_gpt.Layer("long", key_offset=True),
-    train_gpt.Layer("", skip_from=1, backout=True),
-    train_gpt.Layer("short", value_embed=True),
+    train_gpt.Layer("long", exclusive=True, key_offset=True),
+    train_gpt.Layer("", skip_from=1, final=-0.5),
+    train_gpt.Layer("short", exclusive=True, value_embed=True, reads=1, mixes=1),
 ))
 TINY_STAGES = (
     train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0)), tied=True),

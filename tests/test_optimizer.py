@@ -64,7 +64,7 @@ def test_a_bfloat16_bank_follows_the_float32_bank_over_many_small_steps():
     lr, mu = torch.full((1, 1, 1), 1e-4), torch.tensor(0.9)
     for _ in range(50):
         g = torch.randn(1, 8, 8).bfloat16().float()
-        update = train_gpt.normuon_direction(g, *buffers[0], mu, 0.95, orthogonalise_reference)
+        update = train_gpt.normuon_direction(g, *buffers[0], mu, 0.9, orthogonalise_reference)
         wide -= lr * update
         train_gpt.normuon_step(narrow, g, *buffers[1], low, lr, 0 * lr, mu, orthogonalise_reference)
     assert torch.allclose(train_gpt.join_float(narrow, low), wide, atol=1e-6)

@@ -55,12 +55,13 @@ def test_losses_agree_to_rounding(runs):
 
 
 def test_weights_agree_to_rounding_and_are_the_same_on_every_process(runs):
-    """Relative to the largest weight of each tensor; orthogonalisation multiplies rounding by up to 1,000."""
+    """Orthogonalisation multiplies rounding by up to 1,000. By the norm: an Adam step is as large as its rate however
+    small the gradient, so the few elements whose gradients are nothing but rounding go either way."""
     dtype, results = runs
-    tolerance = {"float32": 2e-3, "float64": 1e-11}[dtype]
+    tolerance = {"float32": 2e-4, "float64": 1e-11}[dtype]
     for size in SIZES[1:]:
         for name, weight in results[1][0]["weights"].items():
             theirs = results[size][0]["weights"][name]
-            assert (theirs - weight).abs().max() <= tolerance * weight.abs().max(), (size, name)
+            assert (theirs - weight).norm() <= tolerance * weight.norm(), (size, name)
             for result in results[size][1:]:
                 assert torch.equal(result["weights"][name], theirs), (size, name)

@@ -1,5 +1,5 @@
 """The model, validation and initial weights against the definition, written again from the description of record
-#64, token by token, without any function of train_gpt.py's model."""
+#64 and of what later records added, token by token, without any function of train_gpt.py's model."""
 import dataclasses
 import math
 
@@ -25,7 +25,12 @@ def turned(x, position, freqs):
     return out
 
 
-def attention(x, model, index, layer, value, documents, window, freqs, scale):
+def corrections(x, w_in, w_out):
+    hidden = x @ w_in.t()
+    return 0.1 * (hidden * 0.5 * (1 + torch.erf(hidden / 2 ** 0.5))) @ w_out.t()
+
+
+def attention(x, model, index, layer, value, extra, excluded, documents, window, freqs, scale):
     """One layer's heads, one query at a time; a paired layer's row 2t + p holds the p-th half of token t's heads."""
     shape, small = model.shape, train_gpt.unpack(model.small, model.small_shapes)
     slot, (heads, head_dim) = shape.attn_layers.index(index), (shape.heads, shape.head_dim)
@@ -36,6 +41,7 @@ def attention(x, model, index, layer, value, documents, window, freqs, scale):
         table = shape.value_layers.index(index)
         amount = 2 * torch.sigmoid(x[:, :12] @ small["value_gates"][table].t())
         v = v + amount[:, :, None] * value.view(len(x), heads, head_dim)
+    v = v + extra.view(v.shape)
     halves = 2 if layer.paired else 1
     rows = [(t, half) for t in range(len(x)) for half in range(halves)]
     width, out = heads // halves, torch.zeros(len(x), heads, head_dim, dtype=x.dtype)
@@ -49,8 +55,13 @@ def attention(x, model, index, layer, value, documents, window, freqs, scale):
             seen = [j for j in range(max(0, i - window), i + 1) if documents[rows[j][0]] == documents[t]]
             weights = torch.stack([queries[i] @ keys[j] * scale for j in seen]).softmax(0)
             out[t, pick[i]] = sum(w * v[rows[j][0], pick[j]] for w, j in zip(weights, seen, strict=True))
-    gate = torch.sigmoid(x[:, :12] @ small["attn_gates"][slot].t())
-    return (out * gate[:, :, None]).flatten(1) @ (s_out * w_o).t()
+    out = out * torch.sigmoid(x[:, :12] @ small["attn_gates"][slot].t())[:, :, None]
+    if layer.exclusive:
+        for t in range(len(x)):
+            for h in range(heads):
+                along = out[t, h] @ v[t, h] / (v[t, h] @ v[t, h])
+                out[t, h] -= torch.tanh(excluded[t, h]) * along * v[t, h]
+    return out.flatten(1) @ (s_out * w_o).t()
 
 
 def reference(model, tokens, documents, freqs, view):
@@ -61,26 +72,44 @@ def reference(model, tokens, documents, freqs, view):
     ids = tokens.tolist()
     hashed = [shape.bigram_rows - 1] + [(36313 * b ^ 27191 * a) % (shape.bigram_rows - 1)
                                         for a, b in zip(ids, ids[1:], strict=False)]
-    outputs = []
+    signs = [((30011 * a ^ 48271 * b) % 2 ** 32) % len(model.signs) for a, b in zip([0, *ids], ids, strict=False)]
+    bigram = model.bigram_embed[hashed] * model.signs[signs]
+    x, outputs, tables = x + small["bigram_lambdas"][0] * bigram, [], []
     for i, layer in enumerate(shape.layers):
+        h = norm(outputs[layer.reads] if layer.reads is not None else x)
+        own = corrections(h, small["mix_in"][i], small["mix_out"][i])
+        if layer.mixes is not None:
+            old, (w_in, w_out) = outputs[layer.mixes], (small["layer_mix_in"][0], small["layer_mix_out"][0])
+            by = [column[:, None] for column in corrections(norm(x), w_in, w_out).unbind(1)]
+            extra = by[0] * x0 + by[1] * old + by[2] * x
+            x = (1 + by[3]) * x + by[4] * x0 + by[5] * old
+        x = (small["resid_lambdas"][i] * x + (small["x0_lambdas"][i] + own[:, :1]) * x0
+             + (small["bigram_lambdas"][i + 1] + own[:, 1:2]) * bigram)
         if layer.skip_from is not None:
-            amount = torch.sigmoid(small["skip_lambda"]) * 2 * torch.sigmoid(x0[:, :12] @ small["skip_gate"])
-            x = x + amount[:, None] * outputs[layer.skip_from]
-        x = (small["resid_lambdas"][i] * x + small["x0_lambdas"][i] * x0
-             + small["bigram_lambdas"][i] * model.bigram_embed[hashed])
+            x = x + (small["skip_lambda"] + own[:, 2:3]) * outputs[layer.skip_from]
         if layer.window:
-            table = shape.value_layers.index(i) if layer.value_embed else 0
-            value = model.value_embeds[table * shape.vocab + tokens]
+            value = model.value_embeds[len(tables) * shape.vocab + tokens] if layer.value_embed else None
+            tables += [value] if layer.value_embed else []
             window = {"short": view.short, "long": view.long}[layer.window]
-            x = x + attention(norm(x), model, i, layer, value, documents, window, freqs, view.scale)
-        x = x + (norm(x) @ model.mlp_bank[2 * i].t()).clamp_min(0) ** 2 @ model.mlp_bank[2 * i + 1]
+            added = extra if layer.mixes is not None else torch.zeros_like(x)
+            y = attention(h, model, i, layer, value, added, own[:, 3:], documents, window, freqs, view.scale)
+            x = x + y if layer.mixes is None else (1 + by[6]) * x + (1 + by[7]) * y + by[8] * x0 + by[9] * bigram
+        y = (norm(x) @ model.mlp_bank[2 * i].t()).clamp_min(0) ** 2 @ model.mlp_bank[2 * i + 1]
+        x = x + y if layer.mixes is None else (1 + by[10]) * x + (1 + by[11]) * y
         outputs.append(x)
-    left = next(i for i, layer in enumerate(shape.layers) if layer.backout)
-    return norm(x - small["backout_lambda"] * outputs[left])
+    sources = [x0, *(y for y, layer in zip(outputs, shape.layers, strict=True) if layer.final is not None), *tables]
+    own = corrections(norm(x), small["final_in"], small["final_out"])
+    out, width, groups = x.clone(), shape.dim // shape.mix_groups, shape.mix_groups
+    for k, source in enumerate(sources):
+        for g in range(groups):
+            channels = slice(g * width, (g + 1) * width)
+            factor = small["final_lambdas"][k] + own[:, k * groups + g]
+            out[:, channels] += factor[:, None] * source[:, channels]
+    return norm(out)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_forward_pass_is_record_64s(tied):
+def test_the_forward_pass_is_its_description(tied):
     model, tokens, table, rotary = model_and_inputs(total=24)
     with torch.no_grad():
         model.small.add_(0.3 * torch.randn(len(model.small), generator=torch.Generator().manual_seed(2)))
@@ -115,8 +144,12 @@ def test_initial_weights_have_the_records_scales():
     deviation = 0.5 / 128 ** 0.5
     assert model.attn_bank.std().item() == pytest.approx(deviation, rel=0.02)
     assert model.mlp_bank[::2].std().item() == pytest.approx(deviation, rel=0.02)
-    assert model.mlp_bank[1::2].abs().max() == 0 and model.value_embeds.abs().max() == 0
+    assert model.mlp_bank[1::2].abs().max() == 0 and model.bigram_embed.abs().max() == 0
+    assert model.value_embeds.std().item() == pytest.approx(0.01, rel=0.02)
     assert model.head.std().item() == pytest.approx(0.005, rel=0.02) and torch.equal(model.head, model.embed)
     small = train_gpt.unpack(model.small, model.small_shapes)
-    assert small["resid_lambdas"].tolist() == pytest.approx([1.1] * 4) and small["backout_lambda"] == 0.5
-    assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3 and small["skip_lambda"] == -1.5
+    assert small["resid_lambdas"].tolist() == pytest.approx([1.1] * 4)
+    assert small["final_lambdas"].tolist() == [0, -0.5, 0, 0]
+    assert small["mix_in"].std().item() == pytest.approx(128 ** -0.5 / 3 ** 0.5, rel=0.02)
+    assert not any(small[name].any() for name in ("mix_out", "final_out", "x0_lambdas", "attn_gates", "value_gates"))
+    assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3 and small["skip_lambda"].item() == pytest.approx(0.18)
