@@ -100,6 +100,7 @@ SMOKE = dict(steps=40, val_every=20, log_every=4, batch_tokens=512, seq_len=128,
 RUNG = "01_llmc"
 PUBLISHED_STEPS, WARMUP, CLIP = 19_560, 700, 1.0
 CHOICES = {}  # of options that are not free
+SEQ_UNIT = 1  # divides seq_len
 
 
 class Shape(NamedTuple):
@@ -278,6 +279,7 @@ def check_config(cfg: Config) -> None:
     need(re.fullmatch(r"\w[\w.+-]{0,99}", cfg.name), f"name={cfg.name!r} cannot name a folder: take letters and digits")
     for key, choices in {"dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off"), **CHOICES}.items():
         need(getattr(cfg, key) in choices, f"{key}={getattr(cfg, key)!r} is not one of {', '.join(map(str, choices))}")
+    need(cfg.seq_len % SEQ_UNIT == 0, f"seq_len={cfg.seq_len} must be a multiple of {SEQ_UNIT}")
     for key in ("batch_tokens", "val_tokens"):
         need(getattr(cfg, key) % cfg.seq_len == 0, f"{key}={getattr(cfg, key)} is not a whole number of sequences: "
              f"take a multiple of seq_len={cfg.seq_len}")

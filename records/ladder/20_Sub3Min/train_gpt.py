@@ -103,9 +103,10 @@ SMOKE = dict(steps=40, val_every=20, log_every=4, batch_tokens=512, seq_len=128,
 
 RUNG = "20_Sub3Min"
 PUBLISHED_STEPS, WARMUP, COOLDOWN, MOMENTUM_WARMUP = 1393, 0, 836, 300
-BOS, BLOCK, LAST_WINDOW = 50256, 128, 1728  # document start, tokens of a block of attention, long window at the end
+BOS, BLOCK, LAST_WINDOW = 50256, 128, 1728  # document start; tokens of a block of attention, of the last long window
 FP8_X, FP8_W, FP8_GRAD = 1 / 2, 1 / 32, 2.0 ** -29  # scales of the head: stored = value / scale
 CHOICES = {"fp8": ("auto", "on", "off")}  # of options that are not free
+SEQ_UNIT = BLOCK  # divides seq_len
 
 
 class Shape(NamedTuple):
@@ -132,7 +133,8 @@ class Config(Options):
     shape: Shape = Shape()
 
 
-PRESETS = {"official": {}, "corpus": CORPUS, "smoke": SMOKE | dict(shape=Shape(4, 2, 64, no_attention=(2,), long=(0, 3), value_tables=1), seq_len=256, device_batch_size=1)}
+PRESETS = {"official": {}, "corpus": CORPUS, "smoke": SMOKE | dict(
+    shape=Shape(4, 2, 64, no_attention=(2,), long=(0, 3), value_tables=1), seq_len=256, device_batch_size=1)}
 
 
 def scaled(cfg: Config, published: int) -> int:
@@ -192,10 +194,17 @@ def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_mask(partial: Tensor, full: Tensor, visible, length: int):
-    """What attention may see: `full` blocks without looking, and `visible` (batch, head, query, key) within the `partial`
-    ones; both (B, n, n) bool. On a CPU the same as a dense (B, 1, T, T)."""
-    if partial.device.type == "cuda":
-        return BlockMask.from_kv_blocks(*ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
+    """What attention may see: the `full` blocks, and `visible` (batch, head, query, key) within the `partial` ones.
+    Both are (B, n, n) bool."""
+    return (sparse_mask if partial.device.type == "cuda" else dense_mask)(partial, full, visible, length)
+
+
+def sparse_mask(partial: Tensor, full: Tensor, visible, length: int) -> BlockMask:
+    return BlockMask.from_kv_blocks(*ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
+
+
+def dense_mask(partial: Tensor, full: Tensor, visible, length: int) -> Tensor:
+    """(B, 1, T, T), on a CPU."""
     batch, at = torch.arange(len(partial))[:, None, None, None], torch.arange(length)
     partial, full = (x.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, None, :length, :length]
                      for x in (partial, full))
@@ -210,16 +219,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask, scale: float | None) -> Tensor
 
 
 def document_blocks(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Documents (B, T), numbered by their BOS, and for pairs (B, n, n) of blocks of queries and keys: how many blocks apart
-    they are, whether they have a document in common, and whether they are of one and the same."""
-    docs = (tokens == BOS).cumsum(1)
+    """Documents (B, T), numbered by their BOS, and for blocks of queries and keys (B, n, n): how many blocks they are
+    apart, whether a document is in both (for keys that come first), and whether both are of one and the same."""
+    docs = (tokens == BOS).cumsum(1, dtype=torch.int32)
     low, high = docs[:, ::BLOCK], docs[:, BLOCK - 1::BLOCK]
     at = torch.arange(low.size(1), device=tokens.device)
     return docs, at[:, None] - at, low[:, :, None] <= high[:, None, :], low[:, None, :] == high[:, :, None]
 
 
 def window_mask(tokens: Tensor, blocks: Tensor):
-    """Causal within the document, in whole blocks: the nearest `blocks` of a query's block, the full ones and those with
+    """Causal within the document, in whole blocks: the nearest `blocks` of a query's block, full ones and those with
     an edge of a document (its own block at least) counted apart."""
     docs, apart, common, same = document_blocks(tokens)
 
@@ -236,8 +245,8 @@ def window_mask(tokens: Tensor, blocks: Tensor):
 
 
 class Fp8Linear(torch.autograd.Function):
-    """x w' in FP8: x (T, D) and w (V, D) as e4m3, the gradient as e5m2, its products accumulated exactly; w's gradient is
-    float32. FP8 products take a row-major left and a column-major right side."""
+    """x w' in FP8: x (T, D) and w (V, D) as e4m3, the gradient as e5m2, its products accumulated exactly; the
+    gradient of w is float32. FP8 products take a row-major left and a column-major right side."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor) -> Tensor:
@@ -376,8 +385,8 @@ class GPT(nn.Module):
 
 
 def orthogonalise(g: Tensor) -> Tensor:
-    """g (..., rows, cols) with its singular values moved to about 0.7 to 1.2 by five Newton-Schulz steps in bfloat16: an
-    odd polynomial of degree 5 that is as steep at 0 as this range allows."""
+    """g (..., rows, cols) with its singular values moved to about 0.7 to 1.2 by five Newton-Schulz steps in bfloat16:
+    an odd polynomial of degree 5 that is as steep at 0 as this range allows."""
     x = g.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if g.size(-2) > g.size(-1):
@@ -391,8 +400,8 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum (a running mean), orthogonalised, times sqrt(rows / cols) of tall matrices. Process r of w makes
-    the updates of parameters r, r + w, ...; a sum over buffers that are zero elsewhere brings all of them to everyone."""
+    """Nesterov momentum (a running mean), orthogonalised, times sqrt(rows / cols) of tall ones. Process r of w makes
+    the updates of matrices r, r + w, ...; a sum over buffers that are zero elsewhere brings all of them to everyone."""
 
     def __init__(self, params, lr: float, orthogonalise, world: World, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -479,6 +488,7 @@ def check_config(cfg: Config) -> None:
     need(re.fullmatch(r"\w[\w.+-]{0,99}", cfg.name), f"name={cfg.name!r} cannot name a folder: take letters and digits")
     for key, choices in {"dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off"), **CHOICES}.items():
         need(getattr(cfg, key) in choices, f"{key}={getattr(cfg, key)!r} is not one of {', '.join(map(str, choices))}")
+    need(cfg.seq_len % SEQ_UNIT == 0, f"seq_len={cfg.seq_len} must be a multiple of {SEQ_UNIT}")
     for key in ("batch_tokens", "val_tokens"):
         need(getattr(cfg, key) % cfg.seq_len == 0, f"{key}={getattr(cfg, key)} is not a whole number of sequences: "
              f"take a multiple of seq_len={cfg.seq_len}")

@@ -102,8 +102,9 @@ SMOKE = dict(steps=40, val_every=20, log_every=4, batch_tokens=512, seq_len=128,
 
 RUNG = "M_Muon"
 PUBLISHED_STEPS, WARMUP, COOLDOWN, MOMENTUM_WARMUP = 2500, 0, 1000, 300
-BOS, BLOCK, WINDOW = 50256, 128, 1024  # document start, tokens of a block of attention, tokens that a query sees
+BOS, BLOCK, WINDOW = 50256, 128, 1024  # document start; tokens of a block of attention, and that a query sees
 CHOICES = {"tie": (0, 1), "softcap": (0, 1)}  # of options that are not free
+SEQ_UNIT = BLOCK  # divides seq_len
 
 
 class Shape(NamedTuple):
@@ -128,7 +129,8 @@ class Config(Options):
     shape: Shape = Shape()
 
 
-PRESETS = {"official": {}, "corpus": CORPUS, "smoke": SMOKE | dict(shape=Shape(2, 2, 64), seq_len=256, device_batch_size=1)}
+PRESETS = {"official": {}, "corpus": CORPUS, "smoke": SMOKE | dict(
+    shape=Shape(2, 2, 64), seq_len=256, device_batch_size=1)}
 
 
 def scaled(cfg: Config, published: int) -> int:
@@ -187,10 +189,17 @@ def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def block_mask(partial: Tensor, full: Tensor, visible, length: int):
-    """What attention may see: `full` blocks without looking, and `visible` (batch, head, query, key) within the `partial`
-    ones; both (B, n, n) bool. On a CPU the same as a dense (B, 1, T, T)."""
-    if partial.device.type == "cuda":
-        return BlockMask.from_kv_blocks(*ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
+    """What attention may see: the `full` blocks, and `visible` (batch, head, query, key) within the `partial` ones.
+    Both are (B, n, n) bool."""
+    return (sparse_mask if partial.device.type == "cuda" else dense_mask)(partial, full, visible, length)
+
+
+def sparse_mask(partial: Tensor, full: Tensor, visible, length: int) -> BlockMask:
+    return BlockMask.from_kv_blocks(*ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
+
+
+def dense_mask(partial: Tensor, full: Tensor, visible, length: int) -> Tensor:
+    """(B, 1, T, T), on a CPU."""
     batch, at = torch.arange(len(partial))[:, None, None, None], torch.arange(length)
     partial, full = (x.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, None, :length, :length]
                      for x in (partial, full))
@@ -205,9 +214,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask, scale: float | None) -> Tensor
 
 
 def document_blocks(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Documents (B, T), numbered by their BOS, and for pairs (B, n, n) of blocks of queries and keys: how many blocks apart
-    they are, whether they have a document in common, and whether they are of one and the same."""
-    docs = (tokens == BOS).cumsum(1)
+    """Documents (B, T), numbered by their BOS, and for blocks of queries and keys (B, n, n): how many blocks they are
+    apart, whether a document is in both (for keys that come first), and whether both are of one and the same."""
+    docs = (tokens == BOS).cumsum(1, dtype=torch.int32)
     low, high = docs[:, ::BLOCK], docs[:, BLOCK - 1::BLOCK]
     at = torch.arange(low.size(1), device=tokens.device)
     return docs, at[:, None] - at, low[:, :, None] <= high[:, None, :], low[:, None, :] == high[:, :, None]
@@ -277,8 +286,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """QKV U(-a, a) with deviation 0.5 / sqrt(dim); head and outputs of the branches 0; embedding N(0, 1); the others, a
-        tied embedding too, U(-b, b) with b = 1 / sqrt(inputs)."""
+        """QKV U(-a, a) with deviation 0.5 / sqrt(dim); head and outputs of branches 0; embedding N(0, 1); the others,
+        a tied embedding too, U(-b, b) with b = 1 / sqrt(inputs)."""
         draw = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             bound = p.size(-1) ** -0.5
@@ -308,8 +317,8 @@ class GPT(nn.Module):
 
 
 def orthogonalise(g: Tensor) -> Tensor:
-    """g (..., rows, cols) with its singular values moved to about 0.7 to 1.2 by five Newton-Schulz steps in bfloat16: an
-    odd polynomial of degree 5 that is as steep at 0 as this range allows."""
+    """g (..., rows, cols) with its singular values moved to about 0.7 to 1.2 by five Newton-Schulz steps in bfloat16:
+    an odd polynomial of degree 5 that is as steep at 0 as this range allows."""
     x = g.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if g.size(-2) > g.size(-1):
@@ -323,8 +332,8 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum (a running mean), orthogonalised, times sqrt(rows / cols) of tall matrices. Process r of w makes
-    the updates of parameters r, r + w, ...; a sum over buffers that are zero elsewhere brings all of them to everyone."""
+    """Nesterov momentum (a running mean), orthogonalised, times sqrt(rows / cols) of tall ones. Process r of w makes
+    the updates of matrices r, r + w, ...; a sum over buffers that are zero elsewhere brings all of them to everyone."""
 
     def __init__(self, params, lr: float, orthogonalise, world: World, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
@@ -411,6 +420,7 @@ def check_config(cfg: Config) -> None:
     need(re.fullmatch(r"\w[\w.+-]{0,99}", cfg.name), f"name={cfg.name!r} cannot name a folder: take letters and digits")
     for key, choices in {"dtype": ("auto", "bfloat16", "float32"), "compile": ("auto", "on", "off"), **CHOICES}.items():
         need(getattr(cfg, key) in choices, f"{key}={getattr(cfg, key)!r} is not one of {', '.join(map(str, choices))}")
+    need(cfg.seq_len % SEQ_UNIT == 0, f"seq_len={cfg.seq_len} must be a multiple of {SEQ_UNIT}")
     for key in ("batch_tokens", "val_tokens"):
         need(getattr(cfg, key) % cfg.seq_len == 0, f"{key}={getattr(cfg, key)} is not a whole number of sequences: "
              f"take a multiple of seq_len={cfg.seq_len}")
