@@ -16,7 +16,10 @@ def check(argv: list[str]) -> int:
     if argv:
         raise LogError("check takes no arguments: write `python -m records check`")
     folders = [folder for track in record_folders(RECORDS).values() for folder in track]
+    rungs = [path.parent for path in sorted(RECORDS.glob("ladder/*/train_gpt.py"))]
     problems = [problem for folder in folders for problem in folder_problems(folder)]
+    problems += [problem for rung in rungs for problem in rung_problems(rung)]
+    folders += rungs
     logs = sum(len(find_logs(folder)) for folder in folders)
     print("\n".join(problems) or f"{len(folders)} folders, {logs} logs: in order")
     return 1 if problems else 0
@@ -47,6 +50,15 @@ def folder_problems(folder: Path) -> list[str]:
     return problems + [f"{name}/{path.name} {problem}" for path in logs for problem in log_problems(path, text)]
 
 
+def rung_problems(folder: Path) -> list[str]:
+    """Sentences about one rung of the ladder, which is a script with a README, and logs once it has run."""
+    name, readme = f"{folder.parent.name}/{folder.name}", folder / "README.md"
+    problems = [] if readme.is_file() and readme.read_text(encoding="utf-8").strip() else [f"{name} has no README.md"]
+    text = "" if problems else readme.read_text(encoding="utf-8")
+    return problems + [f"{name}/{path.name} {problem}" for path in find_logs(folder)
+                       for problem in log_problems(path, text)]
+
+
 def real_date(name: str) -> bool:
     match = DATED.fullmatch(name)
     try:
@@ -71,4 +83,7 @@ def log_problems(path: Path, readme: str) -> list[str]:
 
 
 def needed_sources(log: Log) -> tuple[str, ...]:
-    return ("train_gpt.py", "triton_kernels.py") if log.dialect == "ours" else ("train_gpt.py",)
+    """A trainer of one file needs no second."""
+    source = log.sources.get("train_gpt.py", "")
+    alone = log.dialect != "ours" or (source and "import triton_kernels" not in source)
+    return ("train_gpt.py",) if alone else ("train_gpt.py", "triton_kernels.py")

@@ -178,9 +178,9 @@ def fastest_logs() -> list[Log]:
 
 
 def read_rungs() -> dict[tuple[str, str], list[Log]]:
-    """Hardware and name to whole runs, of the folders records/ladder/NN_name that have a README.md."""
+    """Hardware and name to whole runs, of the folders records/ladder/NN_name (or A_name) that have a README.md."""
     rungs = {}
-    for readme in sorted((RECORDS / "ladder").glob("[0-9]*_*/README.md")):
+    for readme in sorted((RECORDS / "ladder").glob("[0-9A-Z]*_*/README.md")):
         for log in map(read_log, find_logs(readme.parent)):
             if is_whole(log) and log.train_time_ms and log.result["steps"]:
                 rungs.setdefault((log.hardware_class, folder_name(log)), []).append(log)

@@ -659,9 +659,9 @@ class Trainer:
 
 def train(cfg: Config, world: World) -> None:
     clock = Clock(world.device)
+    micro_batches(cfg, world, cfg.val_tokens)  # what cannot be shared out is known before anything is read
     train_stream = Stream(cfg, "train_files", cfg.last_step * cfg.batch_tokens + 1)
     val_stream = Stream(cfg, "val_files", cfg.val_tokens + 1)
-    micro_batches(cfg, world, cfg.val_tokens)
     log = Log(cfg, world)
     with clock.region("process group and model"):
         connect(world)
