@@ -8,13 +8,15 @@ import sys
 from records.logs import LogError
 
 COMMANDS = {"table": "records.table", "stats": "records.stats", "diff": "records.compare",
-            "extract": "records.compare", "plot": "records.plot", "check": "records.check"}
+            "extract": "records.compare", "plot": "records.plot", "race": "records.race",
+            "check": "records.check"}
 USAGE = """usage: python -m records COMMAND ARGUMENTS, from the project's folder
   table [--check]                       write the leaderboards of records/README.md and README.md from the logs
   stats LOG... [--target 3.28] [-- LOG...]   mean, deviation and p of a set of runs; a second set is compared with it
   diff LOG LOG                          what two logs differ in: settings, result, sources by function
   extract LOG DIR                       a log's sources, and the command that runs them again
   plot [records|curves|ladder] [LOG...] [--out img]   times of records; loss over time and tokens; the ladder
+  race A B -n N [key=value ...]         run the scripts of two folders in turn, A B A B: paired differences
   check                                 say what is amiss in the record folders"""
 
 

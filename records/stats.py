@@ -10,7 +10,7 @@ import scipy.stats
 
 from records.logs import Log, LogError, read_log
 
-TARGET, LEVEL, MOST_RUNS = 3.28, 0.01, 10**6
+TARGET, LEVEL, CONFIDENCE, MOST_RUNS = 3.28, 0.01, 0.95, 10**6
 USAGE = "write `python -m records stats LOG... [--target 3.28] [--against LOG...]`"
 APART = {"seed", "trials", "name", "val_every", "log_every", "log_dir"}  # settings that do not change the training
 
@@ -164,7 +164,7 @@ def compare(first: list[Log], second: list[Log]) -> list[str]:
     """Lines about the difference of two sets, first minus second."""
     if min(len(first), len(second)) < 2:
         return ["difference: no test, a set of one run has no spread"]
-    lines = ["difference, first minus second (95% confidence interval; Welch's test, two-sided)"]
+    lines = [f"difference, first minus second ({CONFIDENCE:.0%} confidence interval; Welch's test, two-sided)"]
     for name, one, two, digits in (("val loss", losses(first), losses(second), 5),
                                    ("time, s", seconds(first), seconds(second), 3)):
         if name == "time, s" and first[0].hardware_class != second[0].hardware_class:
@@ -179,5 +179,29 @@ def welch(one: np.ndarray, two: np.ndarray, digits: int) -> str:
     if np.ptp(one) == np.ptp(two) == 0:
         return f"{difference}, no p: neither set has a spread"
     test = scipy.stats.ttest_ind(one, two, equal_var=False)
-    low, high = test.confidence_interval(0.95)
+    low, high = test.confidence_interval(CONFIDENCE)
     return f"{difference} ({low:+.{digits}f} to {high:+.{digits}f}), p = {test.pvalue:.3g}"
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The mean and half the width of its confidence interval, by Student's t."""
+    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
+    return float(values.mean()), float(quantile * values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def paired(pairs: list[list[Log]]) -> list[str]:
+    """Lines about pairs of runs A and B of a race: their differences' means, and a sentence each on what they show."""
+    if len(pairs) < 2:
+        return ["\none pair: no interval"] * len(pairs)
+    a, b = (np.array([(log.train_time_ms / 1e3, log.val_loss) for log in logs]) for logs in zip(*pairs, strict=True))
+    lines, sentences = [f"\n{len(pairs)} pairs: mean of B - A and its {CONFIDENCE:.0%} confidence interval"], []
+    for name, values, digits, better in (("time, s", (b - a)[:, 0], 3, "is faster by {} s ± {} s a run"),
+                                         ("time, %", 100 * (b[:, 0] / a[:, 0] - 1), 3, None),
+                                         ("val loss", (b - a)[:, 1], 5, "has the lower val loss, by {} ± {}")):
+        mean, half = interval(values)
+        size, width = f"{abs(mean):.{digits}f}", f"{half:.{digits}f}"
+        lines.append(f"{name:10}{mean:+.{digits}f} ± {width} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})")
+        if better:
+            sentences.append(f"{name.split(',')[0]}: no difference shown, the interval covers zero" if abs(mean) <= half
+                             else f"{'B' if mean < 0 else 'A'} {better.format(size, width)}")
+    return lines + sentences
