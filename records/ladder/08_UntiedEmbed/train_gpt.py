@@ -86,8 +86,13 @@ class Options:
     def last_step(self) -> int:
         return min(self.stop_after or self.steps, self.steps)
 
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.last_step * self.batch_tokens
 
-CORPUS = dict(steps=245, val_every=49, train_files="data/corpus/corpus_train_*.bin",
+
+CORPUS = dict(steps=228, val_every=38, train_files="data/corpus/corpus_train_*.bin",
               val_files="data/corpus/corpus_val_*.bin", fetch="")
 SMOKE = dict(steps=40, val_every=20, log_every=4, batch_tokens=512, seq_len=128, device_batch_size=2, val_tokens=2048,
              train_files="data/local_text/local_train_*.bin", val_files="data/local_text/local_val_*.bin",
@@ -147,8 +152,8 @@ def precision(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def view(cfg: Config, step: int, device: torch.device) -> tuple:
-    """What forward takes besides tokens; nothing here depends on the step."""
+def view(cfg: Config, step: int, tokens: np.ndarray) -> tuple[Tensor, ...]:
+    """What forward takes besides tokens: nothing."""
     return ()
 
 
@@ -437,12 +442,8 @@ class Stream:
         return tokens
 
 
-def to_batch(tokens: np.ndarray, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(n + 1,) tokens to inputs and next tokens, each (sequences, seq_len), on the device."""
-    pair = torch.from_numpy(np.stack((tokens[:-1], tokens[1:]))).view(2, -1, cfg.seq_len)
-    if device.type == "cuda":
-        pair = pair.pin_memory().to(device, non_blocking=True)
-    return pair[0], pair[1]
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def own_shards(cfg: Config) -> bool:
@@ -452,7 +453,7 @@ def own_shards(cfg: Config) -> bool:
 
 
 def fetch_command(cfg: Config) -> str:
-    return cfg.fetch.format(shards=math.ceil((cfg.last_step * cfg.batch_tokens + 1) / 1e8))
+    return cfg.fetch.format(shards=math.ceil((cfg.tokens + 1) / 1e8))
 
 
 def fetch(cfg: Config, world: World) -> int:
@@ -510,7 +511,8 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer") -> None:
     log.write("driver:" + shell("nvidia-smi", "--query-gpu=driver_version,name,power.limit,clocks.max.sm",
                                 "--format=csv,noheader").replace("\n", " | "))
     commit, changed = shell("git", "rev-parse", "HEAD"), shell("git", "status", "--short").split("\n")
-    log.write(f"git:{commit} changed files:{', '.join(filter(None, changed)) or 'none'}")
+    log.write(f"git:{commit} changed files:{', '.join(filter(None, changed)) or 'none'}" if "(" not in commit
+              else "git:no commit here; the source above is what ran")
     for field in dataclasses.fields(cfg):
         log.write(f"config {field.name}={getattr(cfg, field.name)}")
     for line in trainer.describe():
@@ -587,9 +589,11 @@ class Trainer:
             optimizer.state.clear()
 
     def batch_loss(self, step: int, tokens: np.ndarray) -> Tensor:
-        batch = to_batch(tokens, self.cfg, self.world.device)
+        """Mean loss of one micro-batch; tokens: (n + 1,), inputs and the last one's target."""
+        pair = torch.from_numpy(np.stack((tokens[:-1], tokens[1:]))).view(2, -1, self.cfg.seq_len)
+        inputs = [on_device(x, self.world.device) for x in (*pair, *view(self.cfg, step, tokens[:-1]))]
         with precision(self.world.device, self.dtype):
-            return self.loss(*batch, *view(self.cfg, step, self.world.device))
+            return self.loss(*inputs)
 
     def mine(self, micro: MicroBatches, first: int):
         """Where this process's micro-batches begin in the stream, and their tokens with the last one's target."""
@@ -635,7 +639,7 @@ class Trainer:
 def train(cfg: Config, world: World) -> None:
     clock = Clock(world.device)
     micro_batches(cfg, world, cfg.val_tokens)  # what cannot be shared out is known before anything is read
-    train_stream = Stream(cfg, "train_files", cfg.last_step * cfg.batch_tokens + 1)
+    train_stream = Stream(cfg, "train_files", cfg.tokens + 1)
     val_stream = Stream(cfg, "val_files", cfg.val_tokens + 1)
     log = Log(cfg, world)
     with clock.region("process group and model"):
@@ -670,7 +674,7 @@ def finish(log: Log, cfg: Config, world: World, clock: Clock, val_loss: float) -
         log.write(f"untimed:{name} {seconds:.1f}s")
     result = {"val_loss": round(val_loss, 6), "train_time_ms": round(1e3 * clock.read()),
               "step_avg_ms": round(1e3 * clock.read() / cfg.last_step, 3), "steps": cfg.last_step,
-              "scheduled_steps": cfg.steps, "tokens": cfg.last_step * cfg.batch_tokens, "seed": cfg.seed,
+              "scheduled_steps": cfg.steps, "tokens": cfg.tokens, "seed": cfg.seed,
               "preset": cfg.preset, "processes": world.size, "hardware": hardware(world)}
     if world.device.type == "cuda":
         result["peak_memory_allocated_mib"] = torch.cuda.max_memory_allocated(world.device) >> 20

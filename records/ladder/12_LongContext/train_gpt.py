@@ -6,17 +6,18 @@ steps, published 5.03 min).
     python records/ladder/12_LongContext/train_gpt.py help
 
 Against rung 08 (records #9 to #12 together): sequences of 65,536 tokens in place of 1,024; a query sees the 1,023
-tokens before it, and only its own document, by FlexAttention; the first layer's values are mixed into every layer's
-and the embedding into every block's input; the second half of the blocks adds the outputs of the first half in reverse
-order; logits are bounded by 30 tanh(z / 30); Muon's momentum rises from 0.85 to 0.95; activations, embedding and
-scalars in bfloat16 without autocast; twice the learning rates.
+tokens before it, and only its own document; the first layer's values are mixed into every layer's and the embedding
+into every block's input; the second half of the blocks adds the outputs of the first half in reverse order; logits are
+bounded by 30 tanh(z / 30); Muon's momentum rises from 0.85 to 0.95; activations, embedding and scalars in bfloat16
+without autocast; twice the learning rates.
 
 Mended against the original: its processes kept cursors of their own, which drifted apart at every shard border. Here a
 step's tokens depend on the step alone (`Stream`), so fewer GPUs see the same sequences, one after the other. Gradients
 are averaged by all-reduce after the last micro-batch. Three warm-up steps are outside the clock, where the original
-left ten steps untimed. With other `steps=` the cool-down and the momentum's rise keep their published shares. The mask
-is built from the documents at the ends of blocks, not by trying every pair of tokens; it is the same mask. Validation
-is by the same sequences: tokens see up to 1,023 before them, on average more than in rungs 01 to 08.
+left ten steps untimed. With other `steps=` the cool-down and the momentum's rise keep their published shares.
+Validation is by the same sequences: tokens see up to 1,023 before them, on average more than in rungs 01 to 08.
+Attention is PyTorch's FlashAttention over packed documents, the original's FlexAttention; documents of more than
+max_doc= tokens are cut there, which the original does not do (the corpus has none).
 """
 import contextlib
 import dataclasses
@@ -40,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 HERE = Path(__file__).resolve()
 ROOT = next((folder for folder in HERE.parents if (folder / "run.sh").is_file()), HERE.parent)
@@ -89,8 +90,13 @@ class Options:
     def last_step(self) -> int:
         return min(self.stop_after or self.steps, self.steps)
 
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.last_step * self.batch_tokens
 
-CORPUS = dict(steps=245, val_every=49, train_files="data/corpus/corpus_train_*.bin",
+
+CORPUS = dict(steps=228, val_every=38, train_files="data/corpus/corpus_train_*.bin",
               val_files="data/corpus/corpus_val_*.bin", fetch="")
 SMOKE = dict(steps=40, val_every=20, log_every=4, batch_tokens=512, seq_len=128, device_batch_size=2, val_tokens=2048,
              train_files="data/local_text/local_train_*.bin", val_files="data/local_text/local_val_*.bin",
@@ -104,9 +110,9 @@ SMOKE = dict(steps=40, val_every=20, log_every=4, batch_tokens=512, seq_len=128,
 
 RUNG = "12_LongContext"
 PUBLISHED_STEPS, WARMUP, COOLDOWN, MOMENTUM_WARMUP = 1875, 0, 562, 500
-BOS, BLOCK, WINDOW = 50256, 128, 1024  # document start; tokens of a block of attention, and that a query sees
+BOS, WINDOW = 50256, 1024  # document start; tokens that a query sees, itself included
 CHOICES = {}  # of options that are not free
-SEQ_UNIT = BLOCK  # divides seq_len
+SEQ_UNIT = 1  # divides seq_len
 
 
 class Shape(NamedTuple):
@@ -122,6 +128,8 @@ class Config(Options):
     steps: int = knob(PUBLISHED_STEPS, "scheduled steps")
     seq_len: int = knob(65_536, "tokens a sequence")
     device_batch_size: int = knob(1, "sequences of a micro-batch")
+    max_doc: int = knob(8192, "longer documents are cut, for attention; a bound near the longest is the fastest")
+    max_docs: int = knob(256, "documents that a sequence may hold")
     lr_embed: float = knob(0.6, "learning rate of the embedding")
     lr_head: float = knob(0.008, "learning rate of the head")
     lr_scalars: float = knob(0.04, "learning rate of the scalars")
@@ -129,7 +137,7 @@ class Config(Options):
     shape: Shape = Shape()
 
 
-PRESETS = {"official": {}, "corpus": CORPUS, "smoke": SMOKE | dict(
+PRESETS = {"official": {}, "corpus": CORPUS | dict(max_doc=2176), "smoke": SMOKE | dict(
     shape=Shape(2, 2, 64), seq_len=256, device_batch_size=1)}
 
 
@@ -160,9 +168,18 @@ def precision(device: torch.device, dtype: torch.dtype):
     return contextlib.nullcontext()
 
 
-def view(cfg: Config, step: int, device: torch.device) -> tuple:
-    """What forward takes besides tokens; nothing here depends on the step."""
-    return ()
+def view(cfg: Config, step: int, tokens: np.ndarray) -> tuple[Tensor, ...]:
+    """What forward takes besides tokens (n,): (N + 1,) int32, where documents start, each sequence with one and those
+    above max_doc cut, filled up with n. Raises UserError if they are too many."""
+    starts = np.flatnonzero((tokens == BOS) | (np.arange(len(tokens)) % cfg.seq_len == 0))
+    ends = [*starts[1:], len(tokens)]
+    starts = np.concatenate([np.arange(*span, cfg.max_doc) for span in zip(starts, ends, strict=True)])
+    table = np.full(cfg.max_docs * (len(tokens) // cfg.seq_len) + 1, len(tokens), dtype=np.int32)
+    if len(starts) >= len(table):
+        raise UserError(f"{len(tokens)} tokens hold {len(starts)} documents, above max_docs={cfg.max_docs} a sequence: "
+                        f"give max_docs={2 * cfg.max_docs}")
+    table[:len(starts)] = starts
+    return (torch.from_numpy(table),)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -177,61 +194,24 @@ def rotary_tables(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (B, heads, T, head_dim); channel i and i + head_dim / 2 are a pair."""
-    a, b = x.chunk(2, dim=-1)
+    """x: (B, T, heads, head_dim); channel i and i + head_dim / 2 are a pair."""
+    (a, b), cos, sin = x.chunk(2, dim=-1), cos[:, None], sin[:, None]
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1).type_as(x)
 
 
-def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, n, n) bool, key blocks of each query block, to their numbers and their indices first, as BlockMask wants."""
-    indices = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None]
-
-
-def block_mask(partial: Tensor, full: Tensor, visible, length: int):
-    """What attention may see: the `full` blocks, and `visible` (batch, head, query, key) within the `partial` ones.
-    Both are (B, n, n) bool."""
-    return (sparse_mask if partial.device.type == "cuda" else dense_mask)(partial, full, visible, length)
-
-
-def sparse_mask(partial: Tensor, full: Tensor, visible, length: int) -> BlockMask:
-    return BlockMask.from_kv_blocks(*ordered(partial), *ordered(full), BLOCK_SIZE=BLOCK, mask_mod=visible)
-
-
-def dense_mask(partial: Tensor, full: Tensor, visible, length: int) -> Tensor:
-    """(B, 1, T, T), on a CPU."""
-    batch, at = torch.arange(len(partial))[:, None, None, None], torch.arange(length)
-    partial, full = (x.repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)[:, None, :length, :length]
-                     for x in (partial, full))
-    return full | partial & visible(batch, 0, at[:, None], at)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask, scale: float | None) -> Tensor:
-    """(B, heads, T, head_dim) each: FlexAttention with a BlockMask, PyTorch's own with a dense mask."""
-    if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, scale=scale)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-
-
-def document_blocks(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Documents (B, T), numbered by their BOS, and for blocks of queries and keys (B, n, n): how many blocks they are
-    apart, whether a document is in both (for keys that come first), and whether both are of one and the same."""
-    docs = (tokens == BOS).cumsum(1, dtype=torch.int32)
-    low, high = docs[:, ::BLOCK], docs[:, BLOCK - 1::BLOCK]
-    at = torch.arange(low.size(1), device=tokens.device)
-    return docs, at[:, None] - at, low[:, :, None] <= high[:, None, :], low[:, None, :] == high[:, :, None]
-
-
-def window_mask(tokens: Tensor):
-    """Causal, within the document, less than WINDOW tokens back."""
-    docs, apart, common, same = document_blocks(tokens)
-
-    def visible(batch, head, query, key):
-        return (query >= key) & (query - key < WINDOW) & (docs[batch, query] == docs[batch, key])
-
-    near = (apart >= 0) & (apart * BLOCK < WINDOW + BLOCK - 1) & common
-    full = (apart > 0) & (apart * BLOCK + BLOCK <= WINDOW) & same
-    return block_mask(near & ~full, full, visible, tokens.size(1))
+def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_doc: int, scale: float | None) -> Tensor:
+    """Causal, within the document, less than WINDOW tokens back; by PyTorch's FlashAttention where it can.
+    q, k, v: (B, T, heads, head_dim); cu_seqlens: (N + 1,) int32 starts of documents among B T tokens, then B T; out: as
+    q."""
+    shape, (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_doc, max_doc, scale=scale, window_size=(WINDOW - 1, 0))
+        return y.view(shape)
+    at = torch.arange(len(q), dtype=torch.int32, device=q.device)
+    docs, back = torch.searchsorted(cu_seqlens, at, right=True), at[:, None] - at
+    mask = (back >= 0) & (back < WINDOW) & (docs[:, None] == docs)
+    y = F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), attn_mask=mask, scale=scale)
+    return y.transpose(0, 1).reshape(shape)
 
 
 class Linear(nn.Linear):
@@ -251,14 +231,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (Linear(shape.dim, shape.dim) for _ in range(4))
         self.value_mix = nn.Parameter(torch.empty((), dtype=dtype))  # of the first layer's values
 
-    def forward(self, x: Tensor, first_v: Tensor | None, mask, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, first_v: Tensor | None, docs: tuple, cos, sin) -> tuple[Tensor, Tensor]:
         """Output, and the values before they are mixed."""
-        batch, length, dim = x.shape
-        q, k, v = (f(x).view(batch, length, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        batch, length, _ = x.shape
+        q, k, v = (f(x).view(batch, length, self.heads, -1) for f in (self.q, self.k, self.v))
         q, k = (rotate(rms_norm(y), cos, sin) for y in (q, k))
         mixed = torch.lerp(v, v if first_v is None else first_v, self.value_mix)
-        y = attend(q, k, mixed, mask, None)
-        return self.out(y.transpose(1, 2).reshape(batch, length, dim)), v
+        return self.out(attend(q, k, mixed, *docs, None).flatten(2)), v
 
 
 class MLP(nn.Module):
@@ -277,9 +256,9 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(shape, dtype), MLP(shape)
         self.input_mix = nn.Parameter(torch.empty(2, dtype=dtype))  # of the residual stream and of the embedding
 
-    def forward(self, x: Tensor, x0: Tensor, first_v: Tensor | None, mask, cos, sin) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, x0: Tensor, first_v: Tensor | None, docs: tuple, cos, sin) -> tuple[Tensor, Tensor]:
         x = self.input_mix[0] * x + self.input_mix[1] * x0
-        y, v = self.attention(rms_norm(x), first_v, mask, cos, sin)
+        y, v = self.attention(rms_norm(x), first_v, docs, cos, sin)
         x = x + y
         return x + self.mlp(rms_norm(x)), v
 
@@ -287,7 +266,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype):
         super().__init__()
-        shape = cfg.shape
+        shape, self.max_doc = cfg.shape, cfg.max_doc
         self.embed = nn.Embedding(shape.vocab, shape.dim, dtype=dtype)
         self.blocks = nn.ModuleList(Block(shape, dtype) for _ in range(shape.layers))
         self.skip_mix = nn.Parameter(torch.empty(shape.layers // 2, dtype=dtype))
@@ -313,15 +292,14 @@ class GPT(nn.Module):
             else:
                 p.fill_(0.5 if name.endswith("value_mix") else 1)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """tokens, targets: (B, T) int64; out: () float32, the mean loss in nats."""
-        mask = window_mask(tokens)
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tokens, targets: (B, T) int64; cu_seqlens: (N + 1,) int32; out: () float32, the mean loss in nats."""
         x = x0 = rms_norm(self.embed(tokens))
         first_v, kept = None, []
         for i, block in enumerate(self.blocks):
             if i >= len(self.skip_mix):
                 x = x + self.skip_mix[i - len(self.skip_mix)] * kept.pop()
-            x, v = block(x, x0, first_v, mask, self.cos, self.sin)
+            x, v = block(x, x0, first_v, (cu_seqlens, self.max_doc), self.cos, self.sin)
             first_v = v if first_v is None else first_v
             if i < len(self.skip_mix):
                 kept.append(x)
@@ -535,12 +513,8 @@ class Stream:
         return tokens
 
 
-def to_batch(tokens: np.ndarray, cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(n + 1,) tokens to inputs and next tokens, each (sequences, seq_len), on the device."""
-    pair = torch.from_numpy(np.stack((tokens[:-1], tokens[1:]))).view(2, -1, cfg.seq_len)
-    if device.type == "cuda":
-        pair = pair.pin_memory().to(device, non_blocking=True)
-    return pair[0], pair[1]
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def own_shards(cfg: Config) -> bool:
@@ -550,7 +524,7 @@ def own_shards(cfg: Config) -> bool:
 
 
 def fetch_command(cfg: Config) -> str:
-    return cfg.fetch.format(shards=math.ceil((cfg.last_step * cfg.batch_tokens + 1) / 1e8))
+    return cfg.fetch.format(shards=math.ceil((cfg.tokens + 1) / 1e8))
 
 
 def fetch(cfg: Config, world: World) -> int:
@@ -608,7 +582,8 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer") -> None:
     log.write("driver:" + shell("nvidia-smi", "--query-gpu=driver_version,name,power.limit,clocks.max.sm",
                                 "--format=csv,noheader").replace("\n", " | "))
     commit, changed = shell("git", "rev-parse", "HEAD"), shell("git", "status", "--short").split("\n")
-    log.write(f"git:{commit} changed files:{', '.join(filter(None, changed)) or 'none'}")
+    log.write(f"git:{commit} changed files:{', '.join(filter(None, changed)) or 'none'}" if "(" not in commit
+              else "git:no commit here; the source above is what ran")
     for field in dataclasses.fields(cfg):
         log.write(f"config {field.name}={getattr(cfg, field.name)}")
     for line in trainer.describe():
@@ -685,9 +660,11 @@ class Trainer:
             optimizer.state.clear()
 
     def batch_loss(self, step: int, tokens: np.ndarray) -> Tensor:
-        batch = to_batch(tokens, self.cfg, self.world.device)
+        """Mean loss of one micro-batch; tokens: (n + 1,), inputs and the last one's target."""
+        pair = torch.from_numpy(np.stack((tokens[:-1], tokens[1:]))).view(2, -1, self.cfg.seq_len)
+        inputs = [on_device(x, self.world.device) for x in (*pair, *view(self.cfg, step, tokens[:-1]))]
         with precision(self.world.device, self.dtype):
-            return self.loss(*batch, *view(self.cfg, step, self.world.device))
+            return self.loss(*inputs)
 
     def mine(self, micro: MicroBatches, first: int):
         """Where this process's micro-batches begin in the stream, and their tokens with the last one's target."""
@@ -733,7 +710,7 @@ class Trainer:
 def train(cfg: Config, world: World) -> None:
     clock = Clock(world.device)
     micro_batches(cfg, world, cfg.val_tokens)  # what cannot be shared out is known before anything is read
-    train_stream = Stream(cfg, "train_files", cfg.last_step * cfg.batch_tokens + 1)
+    train_stream = Stream(cfg, "train_files", cfg.tokens + 1)
     val_stream = Stream(cfg, "val_files", cfg.val_tokens + 1)
     log = Log(cfg, world)
     with clock.region("process group and model"):
@@ -768,7 +745,7 @@ def finish(log: Log, cfg: Config, world: World, clock: Clock, val_loss: float) -
         log.write(f"untimed:{name} {seconds:.1f}s")
     result = {"val_loss": round(val_loss, 6), "train_time_ms": round(1e3 * clock.read()),
               "step_avg_ms": round(1e3 * clock.read() / cfg.last_step, 3), "steps": cfg.last_step,
-              "scheduled_steps": cfg.steps, "tokens": cfg.last_step * cfg.batch_tokens, "seed": cfg.seed,
+              "scheduled_steps": cfg.steps, "tokens": cfg.tokens, "seed": cfg.seed,
               "preset": cfg.preset, "processes": world.size, "hardware": hardware(world)}
     if world.device.type == "cuda":
         result["peak_memory_allocated_mib"] = torch.cuda.max_memory_allocated(world.device) >> 20
