@@ -21,6 +21,7 @@ RUNGS = {  # folder: parameters, loss before training (None: it depends on the t
     "08_UntiedEmbed": (162_201_600, math.log(50304), "04_Muon"),
     "12_LongContext": (162_201_642, math.log(50304), "08_UntiedEmbed"),
     "20_Sub3Min": (275_598_388, math.log(50304), "12_LongContext"),
+    "64_ValueOutInit": (543_818_888, None, None),  # published, less 4 of padding and 2 of a layer without attention
     "A_AdamW": (123_568_128, None, "12_LongContext"),
     "M_Muon": (162_165_504, math.log(50304), "A_AdamW"),
 }
@@ -28,15 +29,17 @@ OWN = {  # what differs from the rung before, CONSTANTS apart
     "02_AdamW_rotary": "Attention Block Config GPT MLP lr_factor make_optimizers rms_norm rotary_tables rotate "
                        "update",
     "04_Muon": "Config Muon make_optimizers orthogonalise",
-    "08_UntiedEmbed": "Attention Block Config GPT MLP Muon Shape make_optimizers orthogonalise rms_norm",
-    "12_LongContext": "Attention Block Config GPT Linear MLP attend block_mask dense_mask document_blocks "
-                      "make_optimizers momentum ordered precision sparse_mask update window_mask",
-    "20_Sub3Min": "Attention Block Config Fp8Linear GPT Muon Shape choose_fp8 fp8_matmul lr_factor make_optimizers "
-                  "orthogonalise rotary_tables view window_mask",
+    "08_UntiedEmbed": "Attention Block Config GPT MLP Muon Shape make_optimizers orthogonalise rms_norm tied_logits",
+    "12_LongContext": "Attention Block Config GPT Linear MLP attend make_optimizers momentum precision rotate update "
+                      "view",
+    "20_Sub3Min": "Attention Block Config Fp8Linear GPT Muon Shape attend block_mask choose_fp8 dense_mask "
+                  "document_blocks fp8_matmul lr_factor make_optimizers ordered orthogonalise rotary_tables rotate "
+                  "sparse_mask view window_mask",
     "A_AdamW": "Attention Block Config GPT Linear MLP Muon lr_factor make_optimizers momentum orthogonalise "
                "rotary_tables update",
     "M_Muon": "Config GPT Muon make_optimizers momentum orthogonalise update",
 }
+SHARED = [rung for rung in RUNGS if rung[:2] != "64"]  # of one trainer and loader; rung 64 has its own
 CONSTANTS = set("BLOCK BOS CHOICES CLIP COOLDOWN FP8_GRAD FP8_W FP8_X LAST_WINDOW MOMENTUM_WARMUP PRESETS "
                 "PUBLISHED_STEPS RUNG SEQ_UNIT WARMUP WINDOW".split())
 TINY = ("preset=smoke", "steps=8", "val_every=8", "batch_tokens=512", "val_tokens=512")
@@ -77,7 +80,7 @@ def load(rung):
     return sys.modules[name]
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", SHARED)
 def test_a_rung_learns_and_writes_a_log(rung, text, tmp_path):
     log = trained(rung, tmp_path, *TINY, *text)
     assert log.dialect == "ours" and log.finished and log.seed == 0 and log.tokens == 8 * 512
@@ -87,6 +90,16 @@ def test_a_rung_learns_and_writes_a_log(rung, text, tmp_path):
     assert (first.step, last.step) == (0, 8) and last.loss < first.loss - 0.1
     if RUNGS[rung][1]:
         assert first.loss == pytest.approx(RUNGS[rung][1], abs=2e-4)
+
+
+def test_rung_64_learns_through_its_stages_and_writes_a_log(text, tmp_path):
+    log = trained("64_ValueOutInit", tmp_path, "preset=smoke", "steps=14", "extension=2", "val_every=14",
+                  "val_tokens=512", *text)
+    assert log.finished and log.tokens == 4 * (256 + 384) + 6 * 512
+    assert [log.environment[f"stage {i}"].split(",")[0] for i in range(4)] == ["steps 0-3", "steps 4-7", "steps 8-11",
+                                                                               "steps 12-13"]
+    first, last = log.vals
+    assert first.loss == pytest.approx(math.log(50304), abs=0.02) and last.loss < first.loss - 1
 
 
 @pytest.mark.parametrize("rung", ["02_AdamW_rotary", "12_LongContext"])
@@ -99,15 +112,51 @@ def test_two_processes_train_as_one(rung, text, tmp_path):
         assert a[:3] == b[:3] and a.loss == pytest.approx(b.loss, abs=2e-4 if rung == "02_AdamW_rotary" else 0.02)
 
 
+def test_two_processes_train_rung_64_as_one(text, tmp_path):
+    args = ("preset=smoke", "steps=8", "extension=2", "val_every=4", "log_every=1", "val_tokens=512", *text)
+    one, two = (trained("64_ValueOutInit", tmp_path / str(n), *args, processes=n) for n in (1, 2))
+    for a, b in zip(one.steps, two.steps, strict=True):
+        assert a[:3] == b[:3] and a.loss == pytest.approx(b.loss, abs=0.02)
+
+
+def test_rung_64_reads_whole_documents_once(text):
+    module = load("64_ValueOutInit")
+    cfg = module.parse_options(["preset=smoke", "steps=6", "extension=2", *text])
+    documents = module.Documents(module.Stream(cfg, "train_files", 1), cfg)
+    tokens, begin = random_stream(0, 9000), 0
+    for step in range(cfg.steps):
+        for piece in range(cfg.slices):
+            got, table = documents.read(step, piece)
+            assert np.array_equal(got, tokens[begin:begin + len(got)])
+            starts = np.flatnonzero(got == module.BOS)
+            assert np.array_equal(np.unique(np.minimum(starts, len(got) - 1)), np.unique(table)[:len(starts)])
+            begin += len(got)
+            begin += int(np.argmax(tokens[begin:] == module.BOS))  # the last one's rest is dropped
+    with pytest.raises(module.UserError, match="end before 400 steps do"):
+        module.Documents(documents.stream, module.parse_options(["preset=smoke", "steps=400", *text]))
+
+
+def test_rung_64s_gradient_is_that_of_its_loss():
+    module, draw = load("64_ValueOutInit"), torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=draw, requires_grad=True) for shape in ((9, 8), (50, 8)))
+    targets, weights = torch.randint(0, 50, (9,), generator=draw), torch.tensor((1, 0.5, 0.2))
+    module.HeadLoss.apply(x, w, targets, weights, False).backward()
+    logits = module.softcap(x @ w.t())
+    wanted = sum(weight * torch.nn.functional.cross_entropy(logits[:9 - k], targets[k:], reduction="sum")
+                 for k, weight in enumerate(weights))
+    for got, grad in zip((x.grad, w.grad), torch.autograd.grad(wanted, (x, w)), strict=True):
+        torch.testing.assert_close(got, grad)
+
+
 @pytest.mark.parametrize("rung", RUNGS)
 def test_parameters_are_as_many_as_published(rung):
     module = load(rung)
     with torch.device("meta"):
-        model = module.GPT(module.Config(seq_len=1024), torch.float32)
+        model = module.GPT(module.Config(**{"seq_len": 1024} if rung in SHARED else {}), torch.float32)
     assert sum(p.numel() for p in model.parameters()) == RUNGS[rung][0]
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", SHARED)
 def test_every_parameter_has_one_optimizer(rung):
     module = load(rung)
     cfg = module.parse_options(["preset=smoke"])
@@ -143,17 +192,25 @@ def test_orthogonalised_singular_values_are_near_one(rung, shape):
     assert out.shape == shape and values.max() < 1.25 and values.quantile(0.1) > 0.6
 
 
-@pytest.mark.parametrize("rung", ["12_LongContext", "A_AdamW"])
-def test_the_window_mask_is_causal_within_window_and_document(rung, monkeypatch):
+@pytest.mark.parametrize("rung", ["12_LongContext", "A_AdamW", "M_Muon"])
+def test_attention_is_causal_within_window_and_document(rung, monkeypatch):
+    """By the pairs that change the output; documents above max_doc are cut."""
     module = load(rung)
-    monkeypatch.setattr(module, "WINDOW", 256)
-    tokens = long_tokens(module)
-    docs, at = (tokens == module.BOS).cumsum(1), torch.arange(1024)
+    monkeypatch.setattr(module, "WINDOW", 100)
+    cfg = module.parse_options(["preset=smoke", "seq_len=512", "batch_tokens=1024", "max_doc=300", "max_docs=8"])
+    tokens = np.full(1024, 5)
+    tokens[[0, 50, 51, 700]] = module.BOS  # documents of 50, 1, 300 + 161 up to the sequence's end, 188, 300 + 24
+    table, = module.view(cfg, 0, tokens)
+    starts = [0, 50, 51, 351, 512, 700, 1000]
+    assert table.tolist() == starts + [1024] * (17 - len(starts))
+    at, docs = torch.arange(1024), torch.bucketize(torch.arange(1024), torch.tensor(starts), right=True)
     back = at[:, None] - at
-    wanted = (back >= 0) & (back < 256) & (docs[:, :, None] == docs[:, None])
-    assert torch.equal(module.window_mask(tokens)[:, 0], wanted)
-    monkeypatch.setattr(module, "dense_mask", module.sparse_mask)
-    check_sparse(module.window_mask(tokens), wanted)
+    wanted = (back >= 0) & (back < 100) & (docs[:, None] == docs)
+    zeros = torch.zeros(2, 512, 1, 1024)
+    seen = module.attend(zeros, zeros, torch.eye(1024).view(2, 512, 1, 1024), table, 300, None).view(1024, 1024) > 0
+    assert torch.equal(seen, wanted)
+    with pytest.raises(module.UserError, match="give max_docs=16"):
+        module.view(cfg, 0, np.full(1024, module.BOS))
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 3, 8])
@@ -217,7 +274,7 @@ def test_heads_of_the_two_baselines_can_be_made_equal(rung, tie, softcap):
     model.init_weights(0)
     assert (model.head.weight is model.embed.weight) == bool(tie)
     tokens = torch.randint(0, 500, (1, cfg.seq_len), generator=torch.Generator().manual_seed(0))
-    loss = model(tokens, tokens.roll(-1))
+    loss = model(tokens, tokens.roll(-1), *module.view(cfg, 0, tokens[0].numpy()))
     loss.backward()
     assert 8 < loss.item() < 18 and (tie or loss.item() == pytest.approx(math.log(50304), abs=1e-4))
 
@@ -266,19 +323,23 @@ def test_the_stream_joins_shards(text):
         assert np.array_equal(stream.read(begin, count), tokens[begin:begin + count])
 
 
-@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("rung", SHARED)
 def test_the_official_fetch_gets_every_shard_that_the_run_reads(rung):
     module = load(rung)
     cfg = module.parse_options([])
     shards = int(module.fetch_command(cfg).split()[-1])
     assert (shards - 1) * 1e8 < cfg.steps * 524_288 + 1 <= shards * 1e8 and shards <= 103
-    assert module.parse_options(["preset=corpus"]).steps * 524_288 + 1 <= 128_590_000
 
 
 @pytest.mark.parametrize("rung", RUNGS)
+def test_corpus_runs_train_on_equally_many_tokens(rung):
+    assert load(rung).parse_options(["preset=corpus"]).tokens == 119_537_664
+
+
+@pytest.mark.parametrize("rung", SHARED)
 def test_the_schedule_keeps_its_shape_at_other_lengths(rung):
     module = load(rung)
     long, short = module.parse_options([]), module.parse_options(["preset=corpus"])
     for share in (0.1, 0.3, 0.5, 0.7, 0.9, 1):
         a, b = (module.lr_factor(cfg, round(share * (cfg.steps - 1))) for cfg in (long, short))
-        assert a == pytest.approx(b, abs=0.02)
+        assert a == pytest.approx(b, abs=0.03)

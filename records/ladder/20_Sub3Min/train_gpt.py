@@ -761,12 +761,12 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def evaluate(self, step: int, read) -> float:
-        """Mean loss over the validation tokens of all processes."""
+    def evaluate(self, step: int, read, micro: MicroBatches) -> float:
+        """Mean loss over the validation micro-batches of all processes."""
         total = torch.zeros((), device=self.world.device)
-        for place in self.mine(self.validation, 0):
+        for place in self.mine(micro, 0):
             total += self.batch_loss(step, read(*place))
-        return self.mean(total, self.validation.count)
+        return self.mean(total, micro.count)
 
     def mean(self, total: Tensor, count: int) -> float:
         total = total.double()
@@ -780,7 +780,8 @@ class Trainer:
         draw = np.random.default_rng(0)
         for step in range(WARM_UP_STEPS):
             self.train_step(step, lambda begin, count: draw.integers(0, VOCAB, count))
-        self.evaluate(0, lambda begin, count: draw.integers(0, VOCAB, count))
+        one = self.validation._replace(count=self.world.size)
+        self.evaluate(0, lambda begin, count: draw.integers(0, VOCAB, count), one)
         self.reset()
 
 
@@ -801,7 +802,7 @@ def train(cfg: Config, world: World) -> None:
         if step == cfg.last_step or (cfg.val_every and step % cfg.val_every == 0):
             clock.stop()
             with clock.region("validation"):
-                val_loss = trainer.evaluate(step, val_stream.read)
+                val_loss = trainer.evaluate(step, val_stream.read, trainer.validation)
             log.write(f"step:{step}/{cfg.steps} val_loss:{val_loss:.4f} train_time:{1e3 * clock.read():.0f}ms "
                       f"step_avg:{1e3 * clock.read() / max(step, 1):.2f}ms", show=True)
             if not math.isfinite(val_loss):

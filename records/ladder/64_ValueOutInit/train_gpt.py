@@ -470,8 +470,8 @@ def normuon_step(p: Tensor, g: Tensor, mean: Tensor, second: Tensor, low: Tensor
                  mu: Tensor) -> None:
     """NorMuon (arXiv 2510.05491) on a bank p (n, rows, cols), in place: Nesterov momentum, orthogonalised, each row
     divided by a running mean of its size with the matrix's norm kept; decay where update and weight agree in sign
-    (arXiv 2510.12402). low: the low halves of float32 weights whose high halves are p, where p is bfloat16; rates: (n, 1, 1)
-    factors of lr."""
+    (arXiv 2510.12402). low: the low halves of float32 weights whose high halves are p, where p is bfloat16; rates:
+    (n, 1, 1) factors of lr."""
     mean.lerp_(g.float(), 1 - mu)
     update = orthogonalise(g.float().lerp(mean, mu)).float()
     power = update.square().mean(-1, keepdim=True)
@@ -931,16 +931,16 @@ class Trainer:
         return total / (self.cfg.stages[self.stage].tokens * sum(weights))
 
     @torch.no_grad()
-    def evaluate(self, step: int, read) -> float:
-        """Mean loss over the validation tokens of all processes."""
+    def evaluate(self, step: int, read, slices: int) -> float:
+        """Mean loss over that many slices of validation tokens, of all processes."""
         rotary = self.enter(min(step, self.cfg.steps - 1))
         view = self.view(self.val_max_doc, step == self.cfg.steps)
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
-        for tokens, table in self.batches(read, step, self.cfg.val_tokens // self.cfg.val_slice_tokens):
+        for tokens, table in self.batches(read, step, slices):
             x = self.hidden(tokens[:-1], table, *rotary, view)
             for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True):
                 total += self.token_losses(rows, self.model.head, targets).sum()
-        return self.mean(total, self.cfg.val_tokens)
+        return self.mean(total, slices * self.cfg.val_slice_tokens)
 
     def mean(self, total: Tensor, count: int) -> float:
         total = total.double()
@@ -960,9 +960,9 @@ class Trainer:
             if start < min(end, self.cfg.last_step):
                 for step in (start, start + 1):
                     self.train_step(step, made_up(stage.tokens // self.cfg.slices))
-                self.evaluate(start, validate)
+                self.evaluate(start, validate, self.world.size)
         if self.cfg.last_step == self.cfg.steps:
-            self.evaluate(self.cfg.steps, validate)
+            self.evaluate(self.cfg.steps, validate, self.world.size)
         self.reset()
 
 
@@ -982,7 +982,7 @@ def train(cfg: Config, world: World) -> None:
         if step == cfg.last_step or (cfg.val_every and step % cfg.val_every == 0):
             clock.stop()
             with clock.region("validation"):
-                val_loss = trainer.evaluate(step, validation.read)
+                val_loss = trainer.evaluate(step, validation.read, cfg.val_tokens // cfg.val_slice_tokens)
             log.write(f"step:{step}/{cfg.steps} val_loss:{val_loss:.4f} train_time:{1e3 * clock.read():.0f}ms "
                       f"step_avg:{1e3 * clock.read() / max(step, 1):.2f}ms", show=True)
             if not math.isfinite(val_loss):
