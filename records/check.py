@@ -3,6 +3,7 @@ import datetime
 import re
 from pathlib import Path
 
+from records.ladder import rung_folders
 from records.logs import Log, LogError, find_logs, lines_from, parts, read_log
 
 RECORDS = Path(__file__).resolve().parent
@@ -16,7 +17,7 @@ def check(argv: list[str]) -> int:
     if argv:
         raise LogError("check takes no arguments: write `python -m records check`")
     folders = [folder for track in record_folders(RECORDS).values() for folder in track]
-    rungs = [path.parent for path in sorted(RECORDS.glob("ladder/*/train_gpt.py"))]
+    rungs = rung_folders(RECORDS)
     problems = [problem for folder in folders for problem in folder_problems(folder)]
     problems += [problem for rung in rungs for problem in rung_problems(rung)]
     folders += rungs
@@ -52,11 +53,10 @@ def folder_problems(folder: Path) -> list[str]:
 
 def rung_problems(folder: Path) -> list[str]:
     """Sentences about one rung of the ladder, which is a script with a README, and logs once it has run."""
-    name, readme = f"{folder.parent.name}/{folder.name}", folder / "README.md"
-    problems = [] if readme.is_file() and readme.read_text(encoding="utf-8").strip() else [f"{name} has no README.md"]
-    text = "" if problems else readme.read_text(encoding="utf-8")
+    name = f"{folder.parent.name}/{folder.name}"
+    problems = [f"{name} has no {file}" for file in ("README.md", "train_gpt.py") if not (folder / file).is_file()]
     return problems + [f"{name}/{path.name} {problem}" for path in find_logs(folder)
-                       for problem in log_problems(path, text)]
+                       for problem in log_problems(path, "")]
 
 
 def real_date(name: str) -> bool:
