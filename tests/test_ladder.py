@@ -40,8 +40,8 @@ OWN = {  # what differs from the rung before, CONSTANTS apart
     "M_Muon": "Config GPT Muon make_optimizers momentum orthogonalise update",
 }
 SHARED = [rung for rung in RUNGS if rung[:2] != "64"]  # of one trainer and loader; rung 64 has its own
-CONSTANTS = set("BLOCK BOS CHOICES CLIP COOLDOWN FP8_GRAD FP8_W FP8_X LAST_WINDOW MOMENTUM_WARMUP PRESETS "
-                "PUBLISHED_STEPS RUNG SEQ_UNIT WARMUP WINDOW".split())
+CONSTANTS = set("BLOCK BOS CHOICES CLIP COOLDOWN FP8_GRAD FP8_W FP8_X LAST_WINDOW LEAST_ONE MOMENTUM_WARMUP "
+                "PRESETS PUBLISHED_STEPS RUNG SEQ_UNIT WARMUP WINDOW".split())
 TINY = ("preset=smoke", "steps=8", "val_every=8", "batch_tokens=512", "val_tokens=512")
 
 
@@ -343,3 +343,23 @@ def test_the_schedule_keeps_its_shape_at_other_lengths(rung):
     for share in (0.1, 0.3, 0.5, 0.7, 0.9, 1):
         a, b = (module.lr_factor(cfg, round(share * (cfg.steps - 1))) for cfg in (long, short))
         assert a == pytest.approx(b, abs=0.03)
+
+
+@pytest.mark.parametrize("rung", ["20_Sub3Min", "64_ValueOutInit"])
+def test_the_fp8_head_is_the_head_up_to_rounding(rung):
+    module, draw = load(rung), torch.Generator().manual_seed(0)
+    x = torch.nn.functional.rms_norm(torch.randn((64, 32), generator=draw), (32,)).bfloat16().requires_grad_()
+    w = (0.05 * torch.randn((96, 32), generator=draw)).bfloat16().requires_grad_()
+    targets, weights = torch.randint(0, 96, (64,), generator=draw), torch.tensor((1, 0.5))
+
+    def loss(fp8):
+        if rung[:2] == "64":
+            return module.HeadLoss.apply(x, w, targets, weights, fp8)
+        logits = module.Fp8Linear.apply(x, w) if fp8 else x @ w.t()
+        return torch.nn.functional.cross_entropy(30 * torch.sigmoid(logits.float() / 7.5), targets)
+
+    (rough, *rough_grads), (fine, *fine_grads) = ((loss(fp8), *torch.autograd.grad(loss(fp8), (x, w)))
+                                                  for fp8 in (True, False))
+    assert rough.item() == pytest.approx(fine.item(), rel=1e-3)
+    for a, b in zip(rough_grads, fine_grads, strict=True):
+        assert (a.float() - b.float()).norm() < 0.1 * b.float().norm()

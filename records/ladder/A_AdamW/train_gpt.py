@@ -349,7 +349,7 @@ def check_config(cfg: Config) -> None:
              f"take a multiple of seq_len={cfg.seq_len}")
 
 
-LEAST_ONE = ("steps", "batch_tokens", "seq_len", "device_batch_size", "val_tokens", "log_every")
+LEAST_ONE = ("steps", "batch_tokens", "seq_len", "device_batch_size", "max_doc", "max_docs", "val_tokens", "log_every")
 
 
 class MicroBatches(NamedTuple):
