@@ -270,7 +270,7 @@ class Fp8Linear(torch.autograd.Function):
 
 
 def fp8_matmul(a: Tensor, b: Tensor, scale_a: float, scale_b: float, out: torch.dtype, fast: bool) -> Tensor:
-    scales = (torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b))
+    scales = [torch.full((), scale, dtype=torch.float32, device=a.device) for scale in (scale_a, scale_b)]
     return torch._scaled_mm(a, b, *scales, out_dtype=out, use_fast_accum=fast)
 
 
