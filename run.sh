@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # ./run.sh [key=value ...]   train: on 8, 4, 2 or 1 GPUs, whatever there is, or the smoke preset on a CPU
+# ./run.sh records/ladder/04_Muon/train_gpt.py [key=value ...]   the same with another script, here a rung of the ladder
 # ./run.sh check             what this machine has, and one remedy a line for what a run would miss
 # ./run.sh test              install what the tests need and run them
 #
@@ -75,7 +76,11 @@ fi
 find_python requirements.txt
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -eq 0 ]; then cpu_settings; fi
-check= help=
+script=train_gpt.py check= help=
+case "${1:-}" in
+    *.py) script=$1; shift; [ -f "$script" ] || die "no script $script here: give a path from this folder, for example" \
+        records/ladder/04_Muon/train_gpt.py ;;
+esac
 case "${1:-}" in
     check) check=1; shift ;;
     help | --help | -h) help=1 ;;
@@ -114,6 +119,6 @@ if [ -n "$check" ]; then
     exit "$code"
 fi
 if [ -z "$help" ]; then
-    "$PYTHON" train_gpt.py fetch "$@"  # checks the options and makes the preset's missing shards
+    "$PYTHON" "$script" fetch "$@"  # checks the options and makes the preset's missing shards
 fi
-exec "${launch[@]}" train_gpt.py "$@"
+exec "${launch[@]}" "$script" "$@"

@@ -3,6 +3,7 @@ import datetime
 import re
 from pathlib import Path
 
+from records.ladder import rung_folders
 from records.logs import Log, LogError, find_logs, lines_from, parts, read_log
 
 RECORDS = Path(__file__).resolve().parent
@@ -16,7 +17,10 @@ def check(argv: list[str]) -> int:
     if argv:
         raise LogError("check takes no arguments: write `python -m records check`")
     folders = [folder for track in record_folders(RECORDS).values() for folder in track]
+    rungs = rung_folders(RECORDS)
     problems = [problem for folder in folders for problem in folder_problems(folder)]
+    problems += [problem for rung in rungs for problem in rung_problems(rung)]
+    folders += rungs
     logs = sum(len(find_logs(folder)) for folder in folders)
     print("\n".join(problems) or f"{len(folders)} folders, {logs} logs: in order")
     return 1 if problems else 0
@@ -47,6 +51,14 @@ def folder_problems(folder: Path) -> list[str]:
     return problems + [f"{name}/{path.name} {problem}" for path in logs for problem in log_problems(path, text)]
 
 
+def rung_problems(folder: Path) -> list[str]:
+    """Sentences about one rung of the ladder, which is a script with a README, and logs once it has run."""
+    name = f"{folder.parent.name}/{folder.name}"
+    problems = [f"{name} has no {file}" for file in ("README.md", "train_gpt.py") if not (folder / file).is_file()]
+    return problems + [f"{name}/{path.name} {problem}" for path in find_logs(folder)
+                       for problem in log_problems(path, "")]
+
+
 def real_date(name: str) -> bool:
     match = DATED.fullmatch(name)
     try:
@@ -71,4 +83,7 @@ def log_problems(path: Path, readme: str) -> list[str]:
 
 
 def needed_sources(log: Log) -> tuple[str, ...]:
-    return ("train_gpt.py", "triton_kernels.py") if log.dialect == "ours" else ("train_gpt.py",)
+    """A trainer of one file needs no second."""
+    source = log.sources.get("train_gpt.py", "")
+    alone = log.dialect != "ours" or (source and "import triton_kernels" not in source)
+    return ("train_gpt.py",) if alone else ("train_gpt.py", "triton_kernels.py")

@@ -128,7 +128,7 @@ def command(log: Log) -> str:
     options = OPTION.findall(log.sources.get("train_gpt.py", ""))
     settings = {key: value for key, value in log.config.items() if key in options and "\n" not in value}
     if log.seed is not None and "seed" in settings:
-        settings |= {"seed": str(log.seed), "trials": "1"}
+        settings |= {"seed": str(log.seed), **({"trials": "1"} if "trials" in settings else {})}
     words = [f"{key}={value}" for key, value in settings.items()]
     launch = f"torchrun --standalone --nproc_per_node {log.processes}" if (log.processes or 1) > 1 else "python"
     return shlex.join([*launch.split(), "train_gpt.py", *words])

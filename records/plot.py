@@ -2,7 +2,6 @@
 import contextlib
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from records.check import RECORDS, record_folders
+from records.ladder import OPTIONS, equal_tokens, is_whole, loss_at, rung_folders, rung_logs, tokens_done, val_points
 from records.logs import Log, LogError, find_logs, read_log
 from records.stats import track
 from records.table import groups
@@ -114,11 +114,6 @@ def style() -> Iterator[None]:
 ########################################
 
 
-def is_whole(log: Log) -> bool:
-    """Finished, with all of its scheduled steps."""
-    return log.finished and log.result["steps"] == log.result.get("scheduled_steps", log.result["steps"])
-
-
 def folder_name(log: Log) -> str:
     return log.path.absolute().parent.name.replace("_", " ", 1)
 
@@ -137,17 +132,6 @@ def record_rows(logs: list[Log]) -> list[Row]:
     named = [row[:2] for row, _ in rows]
     return [row._replace(name=f"{row.name}, {run_id[:8]}") if row[:2] in named[:i] else row
             for i, (row, run_id) in enumerate(rows)]
-
-
-def tokens_done(log: Log, step: int) -> float:
-    """Training tokens of the first `step` steps by the lines about stages, else by the result; nan if untold."""
-    stages = [re.match(r"steps (\d+)-(\d+), ([\d,]+) tokens a step", text)
-              for key, text in log.environment.items() if key.startswith("stage ")]
-    if not stages or None in stages:
-        return step * log.tokens / log.result["steps"] if log.tokens and log.result["steps"] else math.nan
-    spans = [(int(stage[1]), int(stage[2]) + 1, int(stage[3].replace(",", ""))) for stage in stages]
-    done = sum(count * max(0, min(step, end) - begin) for begin, end, count in spans)
-    return done if step <= spans[-1][1] else math.nan
 
 
 def curve(log: Log, name: str) -> Curve:
@@ -178,27 +162,19 @@ def fastest_logs() -> list[Log]:
 
 
 def read_rungs() -> dict[tuple[str, str], list[Log]]:
-    """Hardware and name to whole runs, of the folders records/ladder/NN_name that have a README.md."""
+    """Hardware and name to the whole runs of each rung."""
     rungs = {}
-    for readme in sorted((RECORDS / "ladder").glob("[0-9]*_*/README.md")):
-        for log in map(read_log, find_logs(readme.parent)):
-            if is_whole(log) and log.train_time_ms and log.result["steps"]:
-                rungs.setdefault((log.hardware_class, folder_name(log)), []).append(log)
+    for log in (log for folder in rung_folders(RECORDS) for log in rung_logs(folder)):
+        options = "".join(f" {key}={log.config[key]}" for key in OPTIONS if key in log.config)
+        rungs.setdefault((log.hardware_class, folder_name(log) + options), []).append(log)
     return dict(sorted(rungs.items()))
 
 
 def ladder_rows(rungs: dict[tuple[str, str], list[Log]]) -> tuple[list[Row], float]:
-    """A row a rung, and the tokens at which losses are read: the most that all logs that tell theirs reach."""
-    vals = {log.path: curve(log, "").val[:, 1:] for logs in rungs.values() for log in logs}
-    at = min((val[-1, 0] for val in vals.values() if len(val) and math.isfinite(val[-1, 0])), default=math.nan)
+    """A row a rung, and the tokens at which losses are read."""
+    at = equal_tokens([log for logs in rungs.values() for log in logs])
     return [Row(*key, [log.train_time_ms / log.result["steps"] for log in logs],
-                [loss_at(vals[log.path], at) for log in logs]) for key, logs in rungs.items()], at
-
-
-def loss_at(val: np.ndarray, tokens: float) -> float:
-    """Loss on the line through the validations (tokens, loss); nan outside of them."""
-    told = val[np.isfinite(val[:, 0])]
-    return float(np.interp(tokens, *told.T, left=math.nan, right=math.nan)) if len(told) else math.nan
+                [loss_at(val_points(log), at) for log in logs]) for key, logs in rungs.items()], at
 
 
 ########################################
@@ -226,7 +202,7 @@ def draw_curves(paths: list[str]) -> Figure | None:
 def draw_ladder() -> Figure | None:
     rungs = read_rungs()
     if not rungs:
-        return say("ladder: no folder records/ladder/NN_name has a README.md and a finished log: nothing to draw")
+        return say("ladder: no folder records/ladder/NN_name has the log of a whole run: nothing to draw")
     rows, at = ladder_rows(rungs)
     for row in rows:
         if not np.isfinite(row.losses).all():

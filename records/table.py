@@ -1,14 +1,16 @@
-"""python -m records table: the leaderboards of records/README.md and README.md, made from the logs."""
+"""python -m records table: the leaderboards of records/README.md and README.md and the ladder's, made from the logs."""
 import math
 from pathlib import Path
 
 import numpy as np
 
 from records.check import RECORDS, record_folders
+from records.ladder import OPTIONS, equal_tokens, loss_at, rung_folders, rung_logs, time_to, val_points
 from records.logs import Log, LogError, find_logs, read_log
 from records.stats import TARGET, below, losses, seconds, settings, source_hash
 
 BEGIN, END = "<!-- table: python -m records table -->", "<!-- end of table -->"
+LADDER = "<!-- ladder: python -m records table -->"  # begins the ladder's tables, which END ends too
 HEAD = ("record", "hardware", "processes", "n", "val loss", "time, s", f"p (< {TARGET})", "steps", "tokens", "logs")
 
 
@@ -18,6 +20,9 @@ def table(argv: list[str]) -> int:
         raise LogError("table takes no argument but --check: write `python -m records table [--check]`")
     old = table_files(RECORDS)
     new = {path: replaced(path, text, leaderboards(RECORDS, path.parent)) for path, text in old.items()}
+    for path, block in ladder_tables(RECORDS).items():
+        old[path] = path.read_text(encoding="utf-8")
+        new[path] = replaced(path, old[path], block, LADDER)
     stale = [path for path in old if new[path] != old[path]]
     names = " and ".join(path.relative_to(RECORDS.parent).as_posix() for path in stale)
     if argv and stale:
@@ -38,13 +43,13 @@ def table_files(root: Path) -> dict[Path, str]:
     return {path: text for path, text in texts.items() if path == inner or BEGIN in text}
 
 
-def replaced(path: Path, text: str, tables: str) -> str:
+def replaced(path: Path, text: str, tables: str, marker: str = BEGIN) -> str:
     """The text with the tables between its markers. Raises LogError unless both stand there once, in order."""
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = text.partition(marker)
     _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise LogError(f"{path} needs the line {BEGIN} and after it the line {END}, each once")
-    return f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}"
+    if not (begin and end) or marker in rest or END in before + after:
+        raise LogError(f"{path} needs the line {marker} and after it the line {END}, each once")
+    return f"{before}{marker}\n\n{tables}\n\n{END}{after}"
 
 
 def leaderboards(root: Path, base: Path) -> str:
@@ -58,6 +63,37 @@ def leaderboards(root: Path, base: Path) -> str:
             lines += ["", f"Left out: {unfinished} unfinished log{'s' * (unfinished > 1)}."]
         sections.append("\n".join(lines))
     return "\n\n".join(sections)
+
+
+def ladder_tables(root: Path) -> dict[Path, str]:
+    """README of the ladder and of each rung to its table: of the runs of all rungs, and of its own."""
+    rungs = {folder: groups(rung_logs(folder)) for folder in rung_folders(root)}
+    logs = [log for found in rungs.values() for group in found for log in group]
+    at = equal_tokens(logs)
+    goal = max((loss_at(val_points(log), at) for log in logs), default=math.nan)
+    head = ("rung", "hardware", "n", f"val loss at {at / 1e6:.4g} million tokens", "ms a step",
+            "thousand tokens a second", f"s to val loss {goal:.4f}", "logs")
+    tables = {}
+    for base, folders in [(root / "ladder", list(rungs)), *((folder, [folder]) for folder in rungs)]:
+        rows = [ladder_cells(group, base, at, goal) for folder in folders for group in rungs[folder]]
+        missing = ", ".join(folder.name for folder in folders if not rungs[folder])
+        lines = [row(head), row(["---"] * len(head)), *map(row, rows)] if rows else []
+        lines += [""] * bool(rows and missing) + [f"Not measured: {missing}."] * bool(missing)
+        tables[base / "README.md"] = "\n".join(lines)
+    return tables if rungs else {}
+
+
+def ladder_cells(group: list[Log], base: Path, at: float, goal: float) -> list[str]:
+    """One row's texts: of runs of one rung with one source and configuration."""
+    folder = group[0].path.parent
+    points, times = [val_points(log) for log in group], np.array([log.train_time_ms for log in group])
+    options = "".join(f" {key}={group[0].config[key]}" for key in OPTIONS if key in group[0].config)
+    link = "" if folder == base else f"{folder.name}/"
+    return [(f"[{folder.name}]({folder.name})" if link else folder.name) + options, group[0].hardware_class,
+            str(len(group)), spread(np.array([loss_at(each, at) for each in points]), 4),
+            spread(times / group[0].result["steps"], 1), spread(group[0].result["tokens"] / times, 0),
+            spread(np.array([time_to(each, goal) for each in points]), 1),
+            ", ".join(f"[{log.run_id[:8]}]({link}{log.path.name})" for log in group)]
 
 
 def groups(logs: list[Log]) -> list[list[Log]]:

@@ -132,7 +132,7 @@ def test_losses_of_the_ladder_are_read_at_equal_tokens(project):
     rows, at = plot.ladder_rows(plot.read_rungs())
     assert at == 14000 and [(row.name, row.losses, row.times) for row in rows] == [
         ("01 A", [4.5, 4.7], [1000, 1100]), ("02 B", [4], [500])]
-    val = np.array([[4000, 5.0], [14000, 4.0], [math.nan, 1]])
+    val = np.array([[1, 4000, 5.0], [2, 14000, 4.0], [3, math.nan, 1]])
     assert plot.loss_at(val, 9000) == 4.5
     assert math.isnan(plot.loss_at(val, 3000)) and math.isnan(plot.loss_at(val, 15000))
 
@@ -248,7 +248,7 @@ def test_one_picture_alone_and_logs_for_the_curves(project, tmp_path, capsys):
 
 
 def test_without_rungs_the_ladder_is_left_out(project, tmp_path, capsys):
-    sentence = "ladder: no folder records/ladder/NN_name has a README.md and a finished log: nothing to draw\n"
+    sentence = "ladder: no folder records/ladder/NN_name has the log of a whole run: nothing to draw\n"
     assert plot.plot(["--out", str(tmp_path / "all")]) == 0 and capsys.readouterr().err == sentence
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["curves.png", "records.png"]
     assert plot.plot(["ladder", "--out", str(tmp_path / "ladder")]) == 1 and capsys.readouterr().err == sentence

@@ -337,6 +337,43 @@ def test_the_project_s_readme_is_written_only_where_it_has_the_markers_and_its_l
         assert all((base / link.split(")")[0]).exists() for link in text.split("](")[1:])
 
 
+def rung(root: Path, name: str, *runs: dict) -> Path:
+    """A rung with its README and logs of these arguments."""
+    folder = root / "ladder" / name
+    folder.mkdir()
+    (folder / "train_gpt.py").write_text(SOURCE)
+    for readme in (folder / "README.md", folder.parent / "README.md"):
+        readme.write_text(f"Rungs\n{table.LADDER}\nold\n{table.END}\n")
+    for seed, arguments in enumerate(runs):
+        ours(log_path(folder, seed), seed, hardware="1x NVIDIA H200, compute capability 9.0", **arguments)
+    return folder
+
+
+def test_the_ladder_s_tables_are_at_equal_tokens_and_a_common_loss(tables, root):
+    first = rung(root, "01_A", dict(val_loss=4.8, ms=4001), dict(val_loss=4.6, ms=6001))
+    second = rung(root, "A_B", dict(val_loss=3.8, ms=2001, tie=0), dict(val_loss=3.8, ms=2001, tie=1))
+    third = rung(root, "02_C", dict(finished=False))
+    tables()
+    text = (root / "ladder" / "README.md").read_text()
+    assert "| val loss at 0.001 million tokens |" in text and "| s to val loss 4.8000 |" in text
+    whole, *others = rows(text)
+    assert whole[:6] == ["[01_A](01_A)", "1xH200", "2", "4.7000 ± 0.1414", "250.1 ± 70.7", "0 ± 0"]
+    assert [row[0] for row in others] == ["[A_B](A_B) tie=0", "[A_B](A_B) tie=1"]
+    seconds = 0.001 + 2 * (10.8 - 4.8) / (10.8 - 3.8)  # from 1 ms on, on the line between two validations
+    assert [row[6] for row in others] == [f"{seconds:.1f}"] * 2 and "\n\nNot measured: 02_C.\n" in text
+    assert "| 01_A | 1xH200 | 2 |" in (first / "README.md").read_text()
+    assert f"]({UUID.format(1)}.txt) |" in (second / "README.md").read_text()
+    assert (third / "README.md").read_text() == f"Rungs\n{table.LADDER}\n\nNot measured: 02_C.\n\n{table.END}\n"
+
+
+def test_a_rung_needs_its_script_and_a_result_in_its_logs(root, run, monkeypatch):
+    monkeypatch.setattr(check, "RECORDS", root)
+    folder = rung(root, "01_A", dict(finished=False))
+    (folder / "train_gpt.py").unlink()
+    code, out, _ = run("check")
+    assert code == 1 and out.splitlines()[0] == "ladder/01_A has no train_gpt.py" and "has no result" in out
+
+
 def test_check_changes_nothing_and_names_the_file_that_differs(tables, root, run):
     tables()
     path = root / "README.md"
