@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -186,8 +187,16 @@ def test_one_complete_pair_has_no_interval(project, capsys):
     assert "1 of 3 pairs are complete" in sentence and out.endswith("\none pair: no interval\n") and "nan" not in out
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C means what it does in a terminal; tests started in the background ignore it otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("seconds", [0, 60])
-def test_an_interrupted_race_gives_what_its_pairs_say(project, capsys, monkeypatch, seconds):
+def test_an_interrupted_race_gives_what_its_pairs_say(project, capsys, monkeypatch, interruptible, seconds):
     """Whether the run ends by itself, as the trainer does, or must be ended."""
     monkeypatch.setattr(race, "PATIENCE", 0.2)
     side(project, "one", FAULT="interrupted")
