@@ -229,7 +229,7 @@ PRESETS = {
     "smoke": dict(shape=SMOKE_SHAPE, stages=SMOKE_STAGES, steps=72, extension=8, val_every=20, log_every=4,
                   val_tokens=8192, val_slice_tokens=512, final_window=224, momentum_warmup=30, momentum_cooldown=10,
                   train_files="data/local_text/local_train_*.bin", val_files="data/local_text/local_val_*.bin",
-                  fetch="python data/local_text.py"),
+                  fetch="python data/local_text.py", lr_adam=0.016),
 }
 
 

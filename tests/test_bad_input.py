@@ -131,7 +131,7 @@ def test_a_seed_that_no_generator_takes_is_refused(refused, shards):
 
 
 @pytest.mark.parametrize("value", ["-1.0", "nan", "inf"])
-@pytest.mark.parametrize("name, default", [("lr_normuon", 0.023), ("lr_adam", 0.008), ("lr_floor", 0.1)])
+@pytest.mark.parametrize("name, default", [("lr_normuon", 0.023), ("lr_adam", 0.008), ("lr_floor", 0.15)])
 def test_a_learning_rate_that_is_negative_or_not_finite_is_refused(refused, name, default, value):
     refused([f"{name}={value}"], f"{name}={value} ", "finite number that is not negative", f"default is {default}")
 

@@ -152,5 +152,6 @@ def test_initial_weights_have_the_records_scales():
     assert small["final_lambdas"].tolist() == [0, -0.5, 0, 0]
     for name in ("mix_in", "layer_mix_in", "final_in"):
         assert small[name].std().item() == pytest.approx(128 ** -0.5 / 3 ** 0.5, rel=0.02)
-    assert not any(small[name].any() for name in ("mix_out", "layer_mix_out", "final_out", "x0_lambdas", "attn_gates", "value_gates"))
+    zeros = ("mix_out", "layer_mix_out", "final_out", "x0_lambdas", "attn_gates", "value_gates")
+    assert not any(small[name].any() for name in zeros)
     assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3 and small["skip_lambda"].item() == pytest.approx(0.18)
