@@ -65,9 +65,9 @@ class Layer(NamedTuple):
     value_embed: bool = False     # adds a gated token embedding to V (arXiv 2410.17897, record #14)
     exclusive: bool = False       # heads leave out what lies along the token's own V (XSA, arXiv 2603.09078)
     reads: int | None = None      # attention reads the output of an earlier layer (record #77)
-    mixes: int | None = None      # V, input and output mixed with x0 and an earlier layer's output (record #81)
+    mixes: int | None = None      # V and the stream around both additions mixed with x0 and that output (#81)
     skip_from: int | None = None  # adds the output of an earlier layer (record #11)
-    final: float | None = None    # its output is mixed into the model's, at first with this factor (record #81)
+    final: float | None = None    # mixed into the model's output as x0 and value embeddings are; first factor (#81)
 
 
 class Shape(NamedTuple):
@@ -111,7 +111,7 @@ class Param(NamedTuple):
     betas: tuple[float, float] = (0.0, 0.0)
 
 
-# Record #64, with later records' forms where their numbers stand (reference: its log's source).
+# Record #64's (reference: its log's source), and later records' where a column or a comment names them.
 GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=7 * 50304 + 25152, layers=(
     Layer("short", paired=True, value_embed=True),
     Layer("short", exclusive=True, value_embed=True),
@@ -169,7 +169,7 @@ SMALL_PARAMS = {
     "mix_in": Param("adam", (.1,), 1.0, (.9, .99)),           # (L, M, D) networks of a token's own coefficients
     "mix_out": Param("adam", (.1,), 1.0, (.9, .99)),          # (L, 3 + H, M) x0, bigram, skip, exclusion by head
     "layer_mix_in": Param("adam", (.25,), 1.0, (.9, .99)),    # (N, M, D) for the N layers that mix
-    "layer_mix_out": Param("adam", (.25,), 1.0, (.9, .99)),   # (N, 12, M) 3 for V, 3 before attention, 4 and 2 after
+    "layer_mix_out": Param("adam", (.25,), 1.0, (.9, .99)),   # (N, 12, M) V 3; stream before 3, with attention 4, MLP 2
     "final_in": Param("adam", (.25,), 1.0, (.9, .99)),        # (M, D)
     "final_out": Param("adam", (.25,), 1.0, (.9, .99)),       # (S groups, M)
 }
@@ -513,7 +513,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """The same weights for a seed on every machine: drawn on the CPU in float32. Scales: record #64."""
+        """The same weights for a seed on every machine: drawn on the CPU in float32. Scales: records #64, #70, #85."""
         draw = torch.Generator().manual_seed(seed)
 
         def fill(tensor: Tensor, bound: float = 0.0, deviation: float = 0.0) -> None:
@@ -541,8 +541,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View) -> Tensor:
         """Packed documents to RMS-normed hidden states.
 
-        tokens: (T,) int32; cu_seqlens: (N + 1,) int32 document starts, padded with T; cos, sin: (at least 2T, D / 4);
-        out: (T, dim)."""
+        tokens: (T,) int32; cu_seqlens: (N + 1,) int32 document starts, padded with T; cos, sin: (at least 2T,
+        head_dim / 4); out: (T, dim)."""
         shape = self.shape
         small = unpack(self.small, self.small_shapes)
         resid, x0_lambdas, bigram_lambdas = (small[f"{name}_lambdas"].unbind() for name in ("resid", "x0", "bigram"))
@@ -574,8 +574,8 @@ class GPT(nn.Module):
             x = resid[i] * x + (x0_lambdas[i] + x0_mix) * x0 + (bigram_lambdas[i + 1] + bigram_mix) * bigram
             if layer.skip_from is not None:
                 x = x + (small["skip_lambda"] + skip_mix) * outputs[layer.skip_from]
+            value = next(values) if layer.value_embed else None
             if layer.window:
-                value = next(values) if layer.value_embed else None
                 y = self.attend(h, layer, next(attn_rows), value, extra, excluded, where, cos, sin, view)
                 x = x + y if extra is None else x + y + weigh(by[2], (x, y, x0, bigram))
             y = self.kernels.mlp(rms_norm(x), mlp_rows[2 * i], mlp_rows[2 * i + 1])
@@ -602,7 +602,7 @@ class GPT(nn.Module):
         qkv = x @ (qkv_scale * w_qkv).t()
         y = self.kernels.attention(
             qkv, where, heads, head_dim, head_dim,
-            view.short if layer.window == "short" else view.long, view.scale, cos, sin, gate(x, gate_weight), embedded,
+            getattr(view, layer.window), view.scale, cos, sin, gate(x, gate_weight), embedded,
             value_gate, paired=layer.paired, key_offset=layer.key_offset)
         if layer.exclusive:
             v = qkv[:, -self.shape.dim:].view(-1, heads, head_dim)

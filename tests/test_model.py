@@ -129,8 +129,8 @@ def test_fp8_head_is_the_bf16_head_within_its_quantisation():
         assert relative_error(ours, reference) < 0.1
 
 
-def model_and_inputs(device="cpu", dtype=torch.float64, total=48):
-    model = GPT(TINY_SHAPE, dtype, REFERENCE).to(device)
+def model_and_inputs(device="cpu", dtype=torch.float64, total=48, layers=TINY_SHAPE.layers):
+    model = GPT(TINY_SHAPE._replace(layers=layers), dtype, REFERENCE).to(device)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # nothing at its initial zero, so that every path carries a signal
@@ -167,6 +167,15 @@ def test_attention_does_not_cross_documents():
     changed[5] = (changed[5] + 1) % 50257  # inside the first document, which ends at 10
     before, after = (model(t[:-1], table, 48, *rotary, VIEW) for t in (tokens, changed))
     assert torch.equal(before[10:], after[10:]) and not torch.equal(before[5:10], after[5:10])
+
+
+def test_a_value_table_belongs_to_its_layer_also_after_one_without_attention(monkeypatch):
+    model, tokens, table, rotary = model_and_inputs(layers=(
+        train_gpt.Layer("", value_embed=True), train_gpt.Layer("short", value_embed=True)))
+    seen = []
+    monkeypatch.setattr(model, "attend", lambda x, layer, rows, value, *rest: seen.append(value[0]) or x)
+    model(tokens[:-1], table, 48, *rotary, VIEW)
+    assert torch.equal(seen[0], model.value_embeds[TINY_SHAPE.vocab + tokens[:-1].long()])
 
 
 def test_tied_models_embed_with_the_head():
