@@ -1,5 +1,5 @@
 """
-Train a GPT-2-class model (124M active parameters) to 3.28 validation loss on FineWeb, as fast as the machine allows.
+Train a GPT-2-class model (115M active parameters) to 3.28 validation loss on FineWeb, as fast as the machine allows.
 
     ./run.sh                                              8, 4, 2 or 1 GPUs, or the smoke preset on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py
@@ -112,7 +112,7 @@ class Param(NamedTuple):
 
 
 # Record #64's (reference: its log's source), and later records' where a column or a comment names them.
-GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=7 * 50304 + 25152, layers=(
+GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=377_280, layers=(
     Layer("short", paired=True, value_embed=True),
     Layer("short", exclusive=True, value_embed=True),
     Layer("short", paired=True),
@@ -155,7 +155,7 @@ PARAMS = {
     "embed": Param("adam", (1.0,), 150.0, (.5, .95)),
     "small": Param("adam", (1.0,), 1.0),  # packed; the rows of SMALL_PARAMS govern its parts
 }
-SMALL_PARAMS = {
+SMALL_PARAMS = {  # layers: L all, A attend, E embed values, N mix; H heads, G channels, S sources, M mix_dim, D dim
     "resid_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),   # (L,) scale of the residual stream at each layer
     "x0_lambdas": Param("adam", (5.0,), 0.0, (.65, .95)),     # (L,) how much of the embedding is mixed back in
     "bigram_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),  # (L + 1,) the same of the bigram, first at the input
@@ -399,7 +399,7 @@ def weigh(amounts: Tensor, sources: Iterable[Tensor]) -> Tensor:
 
 
 def exclude(y: Tensor, v: Tensor, amount: Tensor) -> Tensor:
-    """Takes out of attention's output y (T, H, D) the share tanh(amount) of what lies along v; amount: (T, H)."""
+    """Takes out of attention's output y (T, H, head_dim) the share tanh(amount), (T, H), of what lies along v."""
     along = (y * v).sum(-1) / v.square().sum(-1).clamp_min(1e-8)
     return y - (torch.tanh(amount) * along)[..., None] * v
 

@@ -21,7 +21,7 @@ import triton_kernels  # noqa: E402
 collect_ignore_glob = [] if torch.cuda.is_available() or triton_kernels.INTERPRETED else ["kernels/*"]
 REFERENCE, _ = triton_kernels.choose((0, 0), torch.float32)  # plain PyTorch throughout
 TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_rows=256, mix_dim=8, mix_groups=2, layers=(
-    train_gpt.Layer("short", paired=True, value_embed=True),
+    train_gpt.Layer("short", paired=True, exclusive=True, value_embed=True),
     train_gpt.Layer("long", exclusive=True, key_offset=True),
     train_gpt.Layer("", skip_from=1, final=-0.5),
     train_gpt.Layer("short", exclusive=True, value_embed=True, reads=1, mixes=1),
