@@ -75,10 +75,7 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
 
-########################################################################################################################
-#                             Causal attention over packed documents with a left window                                #
-########################################################################################################################
-#
+# --- Causal attention over packed documents with a left window --------------------------------------------------------
 #     out_i = gate_i * sum_j softmax_j(scale * q_i . k_j) v_j   over j <= i <= j + window in i's document
 #
 # qkv         (T, 2 H W + H V)  packed rows: H query, H key heads of width W, H value heads of width V; 64 or 128 each
@@ -526,10 +523,7 @@ def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
     return _attention(qkv, documents.first, documents.last, *args, **options)[0]
 
 
-########################################################################################################################
-#                                        The MLP's matrix products with ReLU^2                                         #
-########################################################################################################################
-#
+# --- The MLP's matrix products with ReLU^2 ----------------------------------------------------------------------------
 #     forward   post = relu(scale * x W')^2        post8 = e4m3(post / post_scale)        amax = max post
 #     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / dpre_scale)
 #
@@ -830,10 +824,7 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     return ReluSquareMLP.apply(x, w_up, w_down)
 
 
-########################################################################################################################
-#                                  Softcapped, multi-token cross-entropy with its gradient                             #
-########################################################################################################################
-#
+# --- Softcapped, multi-token cross-entropy with its gradient ----------------------------------------------------------
 #     z = 23 * sigmoid((logit + 5) / 7.5)        losses_i = sum_k weights_k * (logsumexp_j z_ij - z_i[targets_{i+k}])
 #                                                         + weights_K * (logsumexp_j z_ij - z_i[prefix_i])
 #
@@ -1087,10 +1078,7 @@ def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tens
     return table[targets.long()]
 
 
-########################################################################################################################
-#                            Symmetric products, and the orthogonalisation made of them                                #
-########################################################################################################################
-#
+# --- Symmetric products, and the orthogonalisation made of them -------------------------------------------------------
 #     gram(x) = x x' (R <= C) or x' x (R > C)            gram_polynomial(a, b, c) = b a + c a a', for a symmetric a
 #     orthogonalise(g):   x = g / (1.02 ||g||_F + 1e-6),   then for the a, b, c of each of five rounds
 #         step = gram_polynomial(gram(x), b, c),   x = a x + step x (R <= C) or a x + x step (R > C)
@@ -1111,7 +1099,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-POLAR_ROUNDS = tl.constexpr(POLAR_EXPRESS)
 
 
 def _check_matrices(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
@@ -1147,180 +1134,91 @@ def orthogonalise_reference(g: Tensor) -> Tensor:
 
 
 @jit
-def _symmetric_tile(left_ptr, left_m, left_k, right_ptr, right_k, right_n, own_ptr, out_ptr, M, K, L, alpha, beta,
-                    diagonal, tile, TRIANGLE: tl.constexpr, EVEN: tl.constexpr, TILE: tl.constexpr, traces_ptr=None):
-    """One tile of out = left right or, given own, of diagonal * 1 + beta * own + alpha * left right. left (M, K) and
-    right (K, L) have these strides, own and out (M, L) are row-major. TILE: BM rows, BN columns (which divide BM), BK
-    terms at a time, stages. TRIANGLE: out is symmetric, and counted are the tiles of the BM x BM blocks on and below
-    the diagonal; traces_ptr gets the trace in parts of BN. EVEN: no tile juts out."""
-    BM: tl.constexpr = TILE[0]
-    BN: tl.constexpr = TILE[1]
-    BK: tl.constexpr = TILE[2]
-    if TRIANGLE:
-        block = tile // (BM // BN)
-        i = ((tl.sqrt(8.0 * block + 1.0) - 1.0) / 2.0).to(tl.int32)
-        i = tl.where((i + 1) * (i + 2) // 2 <= block, i + 1, i)  # should the root have been rounded down
-        j = tile - (BM // BN) * (i * (i + 1) // 2)
-    else:
-        i, j = tile // tl.cdiv(L, BN), tile % tl.cdiv(L, BN)
-    rows = i * BM + tl.arange(0, BM)[:, None]
-    cols = j * BN + tl.arange(0, BN)[None, :]
-    ks = tl.arange(0, BK)
-    left_ptrs = left_ptr + rows * left_m + ks[None, :] * left_k
-    right_ptrs = right_ptr + ks[:, None] * right_k + cols * right_n
-    inside = None if EVEN else (rows < M) & (cols < L)
-    other = None if EVEN else 0.0
-    if own_ptr is not None:  # loaded before the sum, which hides its latency
-        own = tl.load(own_ptr + rows * L + cols, mask=inside)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for k in tl.range(0, K, BK, num_stages=TILE[3]):
-        left = tl.load(left_ptrs, None if EVEN else (rows < M) & (ks[None, :] < K - k), other)
-        right = tl.load(right_ptrs, None if EVEN else (ks[:, None] < K - k) & (cols < L), other)
-        acc = tl.dot(left, right, acc, input_precision="ieee")
-        left_ptrs += BK * left_k
-        right_ptrs += BK * right_k
-    if own_ptr is not None:
-        acc = alpha * acc + beta * own.to(tl.float32) + tl.where(rows == cols, diagonal, 0.0)
-    value = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows * L + cols, value, mask=inside)
-    if TRIANGLE and (j + 1) * BN <= i * BM:  # below the diagonal's blocks, all of whose tiles are computed
-        above = None if EVEN else tl.trans(inside)
-        tl.store(out_ptr + tl.trans(cols) * L + tl.trans(rows), tl.trans(value), mask=above)
-    elif traces_ptr is not None and j * BN < L:
-        tl.store(traces_ptr + j, tl.sum(tl.where(rows == cols, acc, 0.0)))
-
-
-@jit
-def _symmetric_product(x_ptr, out_ptr, R, C, b, c, POLYNOMIAL: tl.constexpr, TALL: tl.constexpr, EVEN: tl.constexpr,
-                       TILE: tl.constexpr):
-    """gram, or gram_polynomial where POLYNOMIAL, one program per tile and matrix."""
+def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, TRACE: tl.constexpr,
+                       TALL: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                       STAGES: tl.constexpr):
+    """One tile of gram(x), or where POLYNOMIAL of a * 1 + b x + c x x', of one matrix: a tile of the BM x BM blocks on
+    and below the diagonal, BN dividing BM, stored twice. TRACE, not 0: x is a Gram matrix of at most TRACE rows, and
+    a, b, c are for x over (1.02 ||g||_F + 1e-6)^2, its trace being ||g||_F^2. EVEN: no tile juts out."""
     S, K = (C, R) if TALL else (R, C)
     m, k = (1, C) if TALL else (C, 1)
     x_ptr += tl.program_id(1).to(tl.int64) * R * C
     out_ptr += tl.program_id(1).to(tl.int64) * S * S
-    _symmetric_tile(x_ptr, m, k, x_ptr, k, m, x_ptr if POLYNOMIAL else None, out_ptr, S, K, S, c, b, 0.0,
-                    tl.program_id(0), True, EVEN, TILE)
+    block = tl.program_id(0) // (BM // BN)
+    i = ((tl.sqrt(8.0 * block + 1.0) - 1.0) / 2.0).to(tl.int32)
+    i = tl.where((i + 1) * (i + 2) // 2 <= block, i + 1, i)  # should the root have been rounded down
+    j = tl.program_id(0) - (BM // BN) * (i * (i + 1) // 2)
+    rows = i * BM + tl.arange(0, BM)[:, None]
+    cols = j * BN + tl.arange(0, BN)[None, :]
+    ks = tl.arange(0, BK)
+    left_ptrs = x_ptr + rows * m + ks[None, :] * k
+    right_ptrs = x_ptr + ks[:, None] * k + cols * m
+    inside = None if EVEN else (rows < S) & (cols < S)
+    other = None if EVEN else 0.0
+    if POLYNOMIAL:  # loaded before the sum, which hides its latency
+        own = tl.load(x_ptr + rows * S + cols, mask=inside)
+        if TRACE:
+            at = tl.arange(0, TRACE)
+            trace = tl.sum(tl.load(x_ptr + at * (S + 1), mask=at < S, other=0.0).to(tl.float32))
+            scale = 1.0 / (1.02 * tl.sqrt(trace) + 1e-6)
+            cube = scale * scale * scale
+            a, b, c = a * scale, b * cube, c * cube * (scale * scale)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for done in tl.range(0, K, BK, num_stages=STAGES):
+        left = tl.load(left_ptrs, None if EVEN else (rows < S) & (ks[None, :] < K - done), other)
+        right = tl.load(right_ptrs, None if EVEN else (ks[:, None] < K - done) & (cols < S), other)
+        acc = tl.dot(left, right, acc, input_precision="ieee")
+        left_ptrs += BK * k
+        right_ptrs += BK * k
+    if POLYNOMIAL:
+        acc = c * acc + b * own.to(tl.float32) + tl.where(rows == cols, a, 0.0)
+    value = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows * S + cols, value, mask=inside)
+    if (j + 1) * BN <= i * BM:  # below the diagonal's blocks, all of whose tiles are computed
+        above = None if EVEN else tl.trans(inside)
+        tl.store(out_ptr + tl.trans(cols) * S + tl.trans(rows), tl.trans(value), mask=above)
 
 
-@jit
-def _polar_factors(round, traces_ptr, count, SLOTS: tl.constexpr):
-    """a, b, c of a round; those of the first one make up for the scale that g was not divided by."""
-    a, b, c = POLAR_ROUNDS[0][0], POLAR_ROUNDS[0][1], POLAR_ROUNDS[0][2]
-    for r in tl.static_range(1, 5):
-        a = tl.where(round == r, POLAR_ROUNDS[r][0], a)
-        b = tl.where(round == r, POLAR_ROUNDS[r][1], b)
-        c = tl.where(round == r, POLAR_ROUNDS[r][2], c)
-    if round == 0:
-        slots = tl.arange(0, SLOTS)
-        scale = 1.0 / (1.02 * tl.sqrt(tl.sum(tl.load(traces_ptr + slots, mask=slots < count, other=0.0))) + 1e-6)
-        cube = scale * scale * scale
-        a, b, c = a * scale, b * cube, c * cube * (scale * scale)
-    return a, b, c
-
-
-@jit
-def _triangle_tiles(S, TILE: tl.constexpr):
-    blocks = tl.cdiv(S, TILE[0])
-    return TILE[0] // TILE[1] * (blocks * (blocks + 1) // 2)
-
-
-@jit
-def _orthogonalise(g_ptr, out_ptr, work_ptr, counts_ptr, N, R, C, TALL: tl.constexpr, EVEN: tl.constexpr,
-                   SLOTS: tl.constexpr, GRAM_TILE: tl.constexpr, STEP_TILE: tl.constexpr, X_TILE: tl.constexpr):
-    """Programs take tiles from one list, all products of all matrices, and wait until what a tile needs is there.
-    g (N, R, C); out, x after rounds 0, 2 and 4; work (N, R C + 2 S S): x after rounds 1 and 3, gram, step; counts, 0:
-    the next item, (N,) finished tiles of each matrix, (N, SLOTS) traces, as fp32."""
-    # A tile needs the whole product before it, of the same matrix, all of which stands before it in the list: so the
-    # first unfinished tile of the list never waits, and however few programs run at once, they come to an end.
-    S, K = (C, R) if TALL else (R, C)
-    m, k = (1, C) if TALL else (C, 1)
-    gram_tiles = _triangle_tiles(S, GRAM_TILE)
-    step_tiles = _triangle_tiles(S, STEP_TILE)
-    x_tiles = tl.cdiv(R, X_TILE[0]) * tl.cdiv(C, X_TILE[1])
-    tiles = gram_tiles + step_tiles + x_tiles  # of one matrix in one round
-    seen = -1
-    item = tl.atomic_add(counts_ptr, 1, sem="relaxed")
-    while item < 5 * N * tiles:
-        round, tile = item // (N * tiles), item % (N * tiles)
-        before, here = 0, gram_tiles  # this matrix's tiles in this round before this product, and of it
-        if tile >= N * (gram_tiles + step_tiles):
-            before, here = gram_tiles + step_tiles, x_tiles
-        elif tile >= N * gram_tiles:
-            before, here = gram_tiles, step_tiles
-        n, tile = (tile - N * before) // here, (tile - N * before) % here
-        done_ptr = counts_ptr + 1 + n
-        needed = round * tiles + before
-        if needed * N + n != seen:
-            while tl.atomic_add(done_ptr, 0, sem="acquire") < needed:
-                pass
-            tl.debug_barrier()
-            seen = needed * N + n
-        start = n.to(tl.int64) * (R * C)
-        other = work_ptr + n.to(tl.int64) * (R * C + 2 * S * S)
-        gram = other + R * C
-        step = gram + S * S
-        old, new = other, out_ptr + start
-        if round % 2 == 1:
-            old, new = new, other
-        elif round == 0:
-            old = g_ptr + start
-        traces_ptr = (counts_ptr + 1 + N).to(tl.pointer_type(tl.float32)) + n * SLOTS
-        if before == 0:
-            _symmetric_tile(old, m, k, old, k, m, None, gram, S, K, S, 1.0, 0.0, 0.0, tile, True, EVEN, GRAM_TILE,
-                            traces_ptr)
-        elif before == gram_tiles:
-            a, b, c = _polar_factors(round, traces_ptr, tl.cdiv(S, GRAM_TILE[1]), SLOTS)
-            _symmetric_tile(gram, S, 1, gram, 1, S, gram, step, S, S, S, c, b, a, tile, True, EVEN, STEP_TILE)
-        else:
-            left, right = (old, step) if TALL else (step, old)
-            _symmetric_tile(left, S, 1, right, C, 1, None, new, R, S, C, 1.0, 0.0, 0.0, tile, False, EVEN, X_TILE)
-        item = tl.atomic_add(counts_ptr, 1, sem="relaxed")  # before the arrival: the stores land meanwhile
-        tl.debug_barrier()  # all stores of this program come before its arrival
-        tl.atomic_add(done_ptr, 1, sem="release")
-
-
-def _symmetric_plan(x: Tensor) -> tuple:
-    """TILE of gram, of step and of x (see _symmetric_tile), and warps, for matrices like x."""
-    short, longer = sorted(x.shape[1:])
+def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> Tensor:
+    """gram(x), or with the factors a, b, c their polynomial in x."""
+    (count, rows, cols), short = x.shape, min(x.shape[1:])
     if not x.is_cuda or x.dtype == torch.float32:
-        return (32, 16, 32, 2), (32, 32, 32, 2), (32, 32, 32, 2), 4
-    if short <= 256:
-        return (64, 32, 128, 5), (64, 64, 64, 4), (64, 128, 64, 4), 4
-    return (128, 64, 64, 5), (128, 64, 64, 5), (128, 64, 64, 6) if longer <= 1024 else (128, 128, 64, 4), 8
-
-
-def _run_symmetric_product(x: Tensor, b: float = 0.0, c: float = 1.0, polynomial: bool = False) -> Tensor:
-    _check_matrices("a" if polynomial else "x", x, *FLOATS)
-    (count, rows, cols), (tile, _, _, warps) = x.shape, _symmetric_plan(x)
-    out, blocks = x.new_empty(count, min(rows, cols), min(rows, cols)), triton.cdiv(min(rows, cols), tile[0])
-    even = all(size % side == 0 for size in (rows, cols) for side in tile[:3])
-    _symmetric_product[(tile[0] // tile[1] * (blocks * (blocks + 1) // 2), count)](
-        x, out, rows, cols, b, c, polynomial, rows > cols, even, tile, num_warps=warps)
+        bm, bn, bk, stages, warps = 32, 16, 32, 2, 4
+    else:
+        bm, bn, bk, stages, warps = (64, 32, 128, 5, 4) if short <= 256 else (128, 64, 64, 5, 8)
+    out, blocks = x.new_empty(count, short, short), triton.cdiv(short, bm)
+    even = all(size % side == 0 for size in (rows, cols) for side in (bm, bk))
+    _symmetric_product[(bm // bn * (blocks * (blocks + 1) // 2), count)](
+        x, out, rows, cols, *(factors or (0.0, 0.0, 0.0)), bool(factors), triton.next_power_of_2(short) * scaled,
+        rows > cols, even, bm, bn, bk, stages, num_warps=warps)
     return out
+
+
+@torch.library.custom_op("speedrun::gram", mutates_args=())
+def gram_kernel(x: Tensor) -> Tensor:
+    """gram as defined above, by the kernel."""
+    _check_matrices("x", x, *FLOATS)
+    return _run_symmetric_product(x)
+
+
+@torch.library.custom_op("speedrun::gram_polynomial", mutates_args=())
+def gram_polynomial_kernel(a: Tensor, b: float, c: float) -> Tensor:
+    """gram_polynomial as defined above, by the kernel."""
+    _check_matrices("a", a, *FLOATS)
+    return _run_symmetric_product(a, 0.0, b, c)
 
 
 @torch.library.custom_op("speedrun::orthogonalise", mutates_args=())
 def orthogonalise_kernel(g: Tensor) -> Tensor:
-    """orthogonalise as defined above, by the kernel."""
+    """orthogonalise as defined above, its symmetric products by the kernel, which adds a to the step's diagonal."""
     _check_matrices("g", g, *FLOATS)
-    (count, rows, cols), (gram, step, x, warps) = g.shape, _symmetric_plan(g)
-    if g.is_cuda and (rows % 16 or cols % 16):  # rows and columns of zeros change nothing, and keep all loads aligned
-        return orthogonalise_kernel(F.pad(g, (0, -cols % 16, 0, -rows % 16)))[:, :rows, :cols].contiguous()
-    short, slots = min(rows, cols), triton.next_power_of_2(triton.cdiv(min(rows, cols), gram[1]))
-    out, work = torch.empty_like(g), g.new_empty(count, rows * cols + 2 * short * short)
-    counts = g.new_zeros(1 + count * (1 + slots), dtype=torch.int32)
-    programs = _multiprocessors(g)
-    even = all(size % side == 0 for size in (rows, cols) for tile in (gram, step, x) for side in tile[:3])
-    _orthogonalise[(programs,)](g, out, work, counts, count, rows, cols, rows > cols, even, slots, gram, step, x,
-                                num_warps=warps)
-    return out
+    x, tall = g, g.size(1) > g.size(2)
+    for factors in POLAR_EXPRESS:
+        step = _run_symmetric_product(_run_symmetric_product(x), *factors, scaled=x is g)
+        x = torch.bmm(x, step) if tall else torch.bmm(step, x)
+    return x
 
 
-gram_kernel = torch.library.custom_op("speedrun::gram", _run_symmetric_product, mutates_args=(),
-                                      schema="(Tensor x) -> Tensor")
-gram_polynomial_kernel = torch.library.custom_op(
-    "speedrun::gram_polynomial", functools.partial(_run_symmetric_product, polynomial=True), mutates_args=(),
-    schema="(Tensor a, float b, float c) -> Tensor")
 gram_kernel.register_fake(lambda x: x.new_empty(x.shape[0], min(x.shape[1:]), min(x.shape[1:])))
 gram_polynomial_kernel.register_fake(lambda a, b, c: torch.empty_like(a))
 orthogonalise_kernel.register_fake(torch.empty_like)
@@ -1330,10 +1228,7 @@ gram_polynomial = by_device(gram_polynomial_kernel, gram_polynomial_reference, t
 orthogonalise = by_device(orthogonalise_kernel, orthogonalise_reference, torch.bfloat16)
 
 
-########################################################################################################################
-#                             Transposes: a copy, an addition in place, quantised to FP8 both ways                     #
-########################################################################################################################
-#
+# --- Transposes: a copy, an addition in place, quantised to FP8 both ways ---------------------------------------------
 #     transpose_copy:  out = src'           transpose_add_:  dst += src'
 #     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q',  amax = max |x|, one per matrix
 #
@@ -1494,9 +1389,7 @@ transpose_add_ = by_device(lambda dst, src: transpose_add_kernel_(dst, src) or d
 quantize_transpose = by_device(quantize_transpose_kernel, quantize_transpose_reference)
 
 
-########################################################################################################################
-#                                              What runs on the GPU at hand                                            #
-########################################################################################################################
+# --- What runs on the GPU at hand -------------------------------------------------------------------------------------
 
 MODES = ("auto", "library", "reference")
 # Compute capabilities, from and below, on which a kernel is used, the kernel, and what takes its place elsewhere (or

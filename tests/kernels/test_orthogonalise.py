@@ -158,7 +158,7 @@ def test_kernel_keeps_matrices_apart():
 
 
 @runs_kernel
-def test_kernel_takes_more_matrices_than_programs():
+def test_kernel_takes_many_matrices():
     shape = (9, 3, 4) if DEVICE == "cpu" else (400, 75, 45)
     g = matrices(shape, DTYPES[1])
     assert_orthogonalises(g)
@@ -174,7 +174,7 @@ def test_kernels_at_real_shapes(shape):
     whitened = tk.gram_reference(assert_orthogonalises(flat, "bf16, normal")[:1].double())
     values = torch.linalg.eigvalsh(whitened).sqrt()  # the singular values; those of a normal square reach down to 0
     assert values.max() < 1.15 and (values.min() > 0.85 or shape[1] == shape[2])
-    for _ in range(100):  # a moving result would be a race between the programs
+    for _ in range(100):  # a moving result would be a race
         assert torch.equal(tk.orthogonalise_kernel(g), out)
 
 
