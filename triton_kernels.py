@@ -71,6 +71,13 @@ def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: Sequence[t
                          f"not {x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}.")
 
 
+def _bind_context(x: Tensor) -> None:
+    """Before a launch with tensor descriptors: Triton 3.6 makes them without a CUDA context in a thread, such as
+    autograd's, that has not called the runtime yet. Any call binds the context; this one does nothing else."""
+    if x.is_cuda:
+        torch.cuda.is_current_stream_capturing()
+
+
 def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, so that each has several tiles
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
 
@@ -423,6 +430,7 @@ def _attention_offset_dk(dk_ptr, qkv_ptr, grad_ptr, cos_ptr, sin_ptr, T, HEADS: 
 def _attention_plan(qkv, prepared, heads, width, v_width, paired):
     """Rows, a grid over heads and tiles of rows, the kernels' constants, and a function from rows a tile to descriptors
     of q, k and v: as prepared, or where that is empty of their columns of the packed rows."""
+    _bind_context(qkv)
     parts, widths = 1 + paired, (width, width, v_width)
     rows, raw = len(qkv) * parts, qkv.split([heads * w for w in widths], dim=1)
     whole = [x.view(rows, -1) if x.numel() else y for x, y in zip(prepared, raw, strict=True)]
@@ -768,6 +776,7 @@ def _relu_square(a: Tensor, w: Tensor, post: Tensor | None, scale: Tensor | None
                              f"T, D and F to multiples of {16 // t.itemsize} and pass fresh tensors.")
     if a.itemsize > 4 or (a.itemsize == 4 and out8 is not None):
         raise ValueError(f"the kernel has no {a.dtype} operands{' for FP8 outputs' * (a.itemsize == 4)}: convert them.")
+    _bind_context(a)
     if out8 is None and post is not None and scale is None and a.dtype == torch.bfloat16 and _is_hopper(a):
         _run_hopper_backward(a, w, post, out)
         return [out]

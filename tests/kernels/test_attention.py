@@ -1,4 +1,6 @@
 """What holds for the attention kernels, forward and gradients, against the reference in float64."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -146,6 +148,15 @@ def test_two_runs_are_bitwise_one():
     first, second = (differentiate(tk.attention, tensors, where, torch.ones(160, 128, device=DEVICE), 2, 64, 64, 50,
                                    0.1) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@needs_cuda
+def test_a_kernel_may_be_the_first_work_of_a_thread():
+    tensors, where = attention_inputs([100, 60], 2, 64, 64, torch.bfloat16)
+    args = tensors["qkv"], where, 2, 64, 64, 50, 0.1
+    expected = tk.attention(*args)
+    with ThreadPoolExecutor(1) as thread:  # it has no CUDA context yet, like autograd's
+        assert torch.equal(thread.submit(tk.attention, *args).result(), expected)
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -1,5 +1,7 @@
 """What holds for the MLP's kernels."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -231,6 +233,15 @@ def test_mlp_matches_its_reference(t, d, f):
     expected, expected_grads = gradients(tk.relu_square_mlp_reference, [x.double() for x in tensors], g.double())
     for out, exact in zip((y, *grads), (expected, *expected_grads), strict=True):
         assert_close(out, exact)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_kernels_may_be_the_first_work_of_a_thread(dtype):
+    g, w, post = random(64, 32, dtype=dtype), random(48, 32, dtype=dtype), random(64, 48, dtype=dtype).abs()
+    expected = tk.relu_square_backward(g, w, post)
+    with ThreadPoolExecutor(1) as thread:  # it has no CUDA context yet, like autograd's
+        assert torch.equal(thread.submit(tk.relu_square_backward, g, w, post).result()[0], expected[0])
 
 
 def test_mlp_under_torch_compile():
