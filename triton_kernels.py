@@ -89,7 +89,7 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 # documents   Documents         made once a batch by `documents`
 # cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed, then channel j turns with channel j + W / 4,
 #                               and the second half of the channels stands still
-# gate        (T, H)            or None, which is 1
+# gate        (T, H)            0 or more (its logarithm joins the log-sum-exp), or None, which is 1
 # value       (T, H V)          or None. With it and value_gate (T, H), value_gate * value is added to v
 # paired                        token t becomes rows 2t and 2t + 1 of a sequence with half of the heads each
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
