@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, random_stream, write_shard
 
 pytest.importorskip("scipy", reason="scipy, of requirements-dev.txt, is not installed")
@@ -64,7 +65,8 @@ def project(tmp_path, monkeypatch) -> Path:
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(race, "RECORDS", tmp_path / "records")
     monkeypatch.setenv("NPROC", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the processes that the tests start
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # for this one, in which CUDA may have begun
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
