@@ -45,17 +45,24 @@ def kernels_available(device: torch.device | str) -> bool:
     return triton is not None and (INTERPRETED or torch.device(device).type == "cuda")
 
 
-def by_device(kernel: Callable, reference: Callable, *dtypes: torch.dtype) -> Callable:
-    """The public function of an operation that is not differentiable: `kernel` where this file's operators run and its
-    first argument has one of `dtypes` (none given: any), else `reference`, of the same signature."""
-    @torch.no_grad()
-    @functools.wraps(reference)
-    def function(*args, **options):
-        first = args[0] if args else next(iter(options.values()))
-        runs = kernels_available(first.device) and (not dtypes or first.dtype in dtypes)
-        return (kernel if runs else reference)(*args, **options)
-    function.__name__ = function.__qualname__ = reference.__name__.replace("_reference", "")
-    return function
+def operation(reference: Callable, outputs: Callable, dtypes: Sequence[torch.dtype] = (), changes: Sequence[str] = ()):
+    """Decorates the function that launches an operation's kernels. NAME.kernel is then the operator speedrun::NAME,
+    whose results are like what `outputs` returns and which writes to its arguments `changes`; and NAME, which is not
+    differentiable, is the operator where it runs and the first argument has one of `dtypes` (none given: any), else
+    `reference`, of the same signature."""
+    def decorate(launch: Callable) -> Callable:
+        operator = torch.library.custom_op(f"speedrun::{launch.__name__}", launch, mutates_args=changes)
+        operator.register_fake(outputs)
+
+        @torch.no_grad()
+        @functools.wraps(launch)
+        def function(*args, **options):
+            first = args[0] if args else next(iter(options.values()))
+            runs = kernels_available(first.device) and (not dtypes or first.dtype in dtypes)
+            return (operator if runs else reference)(*args, **options)
+        function.kernel = operator
+        return function
+    return decorate
 
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -532,16 +539,16 @@ def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
 
 
 # --- The MLP's matrix products with ReLU^2 ----------------------------------------------------------------------------
-#     forward   post = relu(scale * x W')^2        post8 = e4m3(post / post_scale)        amax = max post
-#     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / dpre_scale)
+#     forward   post = relu(scale * x W')^2        post8 = e4m3(post / out_scale)        amax = max post
+#     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / out_scale)
 #
-# x, g  (T, D)   bf16, fp16, fp32 (the references also float64) or FP8, row-major   inputs; gradient of the MLP's output
-# w     (F, D)   x's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
+# a     (T, D)   bf16, fp16, fp32 (the reference also float64) or FP8, row-major    input x, or gradient g of the output
+# w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
+# post  (T, F)   a's dtype, bf16 for FP8; None: forward
 # scale ()       fp32, or None: 1                                                    product of FP8 operands' scales
-# post  (T, F)   x's dtype, bf16 for FP8
-# post8 (T, F)   and, on request, post8_t (F, T), e4m3, saturated at 448             where post_scale (), fp32, is given
-# amax  (n,)     fp32, one maximum for each program (NaNs left out); with post8      for the next step's post_scale
-# dpre  (T, F)   g's dtype, bf16 for FP8; where dpre_scale () is given, (dpre8 (T, F), dpre8_t (F, T)) in its place
+# post8 (T, F)   and, transposed, post8_t (F, T), e4m3, saturated at 448             where out_scale (), fp32, is given
+# amax  (n,)     fp32, one maximum for each program (NaNs left out); with post8      for the next step's out_scale
+# dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
 #
 # Arithmetic is fp32, each output rounded once. FP8 products accumulate at the tensor cores' own precision (about 14
 # bits on Hopper: max_num_imprecise_acc is left at its default). Rows must be a multiple of 16 bytes, as the GPU's
@@ -568,30 +575,19 @@ def _check_relu_square(a, w, post, *scales) -> torch.dtype:
 
 
 @torch.no_grad()
-def relu_square_linear_reference(x: Tensor, w: Tensor, scale: Tensor | None = None, post_scale: Tensor | None = None,
-                                 transposed: bool = False) -> list[Tensor]:
-    """[post], or with post_scale [post, post8, amax], or with transposed too [post, post8, amax, post8_t]."""
-    dtype = _check_relu_square(x, w, None, scale, post_scale)
-    x, w = (t if t.dtype == torch.float64 else t.float() for t in (x, w))
-    wide = (x @ w.t() * (1 if scale is None else scale)).relu().square()
-    post = wide.to(dtype)
-    if post_scale is None:
-        return [post]
-    post8 = (wide / post_scale).clamp(max=E4M3_MAX).to(E4M3)
-    return [post, post8, post.max().float().reshape(1)] + [post8.t().contiguous()] * transposed
-
-
-@torch.no_grad()
-def relu_square_backward_reference(g: Tensor, w: Tensor, post: Tensor, scale: Tensor | None = None,
-                                   dpre_scale: Tensor | None = None) -> list[Tensor]:
-    """[dpre], or with dpre_scale [dpre8, dpre8_t]."""
-    dtype = _check_relu_square(g, w, post, scale, dpre_scale)
-    g, w, post = (t if t.dtype == torch.float64 else t.float() for t in (g, w, post))
-    dpre = g @ w.t() * (2 if scale is None else 2 * scale) * post.sqrt()
-    if dpre_scale is None:
-        return [dpre.to(dtype)]
-    dpre8 = (dpre / dpre_scale).clamp(-E5M2_MAX, E5M2_MAX).to(E5M2)
-    return [dpre8, dpre8.t().contiguous()]
+def relu_square_reference(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor | None = None,
+                          out_scale: Tensor | None = None, transposed: bool = False) -> list[Tensor]:
+    dtype, forward = _check_relu_square(a, w, post, scale, out_scale), post is None
+    a, w = (t if t.dtype == torch.float64 else t.float() for t in (a, w))
+    product = a @ w.t() * (1 if scale is None else scale)
+    wide = product.relu().square() if forward else 2 * product * post.to(a.dtype).sqrt()
+    out = wide.to(dtype)
+    if out_scale is None:
+        return [out]
+    fp8, limit = (E4M3, E4M3_MAX) if forward else (E5M2, E5M2_MAX)
+    out8 = (wide / out_scale).clamp(-limit, limit).to(fp8)
+    outputs = [out, out8, out.max().float().reshape(1)] if forward else [out8]
+    return outputs + [out8.t().contiguous()] * transposed
 
 
 @jit
@@ -644,6 +640,8 @@ def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr
 # above takes 160 and cuBLAS 116 for the product alone; the tiles' way out of the second-level cache is what limits it.
 HOPPER_BM, HOPPER_BN, HOPPER_BK = tl.constexpr(128), tl.constexpr(128), tl.constexpr(64)
 HOPPER_STAGES, HOPPER_ROWS, HOPPER_PART = tl.constexpr(5), tl.constexpr(4), tl.constexpr(64)
+HOPPER_BLOCK = [128, 64]  # of every descriptor: (BM, BK) of g, (BN, BK) of w, (BM, PART) of post and dpre
+HOPPER_LAYOUT = None if gluon is PLAIN else gl.NVMMASharedLayout.get_default_for(HOPPER_BLOCK, gl.bfloat16)
 
 
 @gluon.jit
@@ -743,19 +741,7 @@ def _is_hopper(x: Tensor) -> bool:
     return gluon is not PLAIN and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
-@functools.cache
-def _hopper_layout(rows: int, columns: int):
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
-
-
-def _run_hopper_backward(g: Tensor, w: Tensor, post: Tensor, dpre: Tensor) -> None:
-    bm, bn, bk, part = (x.value for x in (HOPPER_BM, HOPPER_BN, HOPPER_BK, HOPPER_PART))
-    _hopper_relu_square_backward[(_multiprocessors(g),)](*(
-        HopperDescriptor.from_tensor(x, [n, k], _hopper_layout(n, k))
-        for x, n, k in ((g, bm, bk), (w, bn, bk), (post, bm, part), (dpre, bm, part))), num_warps=4, maxnreg=168)
-
-
-def _relu_square_outputs(a, w, post, scale, out_scale, transposed) -> list[Tensor | None]:
+def _relu_square_outputs(a, w, post=None, scale=None, out_scale=None, transposed=False) -> list[Tensor | None]:
     """[post or dpre, its FP8 copy, amax, the copy transposed]: None for what the mode has not."""
     wide, forward, scaled = _check_relu_square(a, w, post, scale, out_scale), post is None, out_scale is not None
     shape, fp8 = (len(a), len(w)), E4M3 if forward else E5M2
@@ -765,10 +751,11 @@ def _relu_square_outputs(a, w, post, scale, out_scale, transposed) -> list[Tenso
             a.new_empty(shape[::-1], dtype=fp8) if scaled and transposed else None]
 
 
-@torch.library.custom_op("speedrun::relu_square", mutates_args=())
-def _relu_square(a: Tensor, w: Tensor, post: Tensor | None, scale: Tensor | None, out_scale: Tensor | None,
-                 transposed: bool) -> list[Tensor]:
-    """The outputs that the mode has, forward without post, backward with it."""
+@operation(relu_square_reference, outputs=lambda *args: [t for t in _relu_square_outputs(*args) if t is not None])
+def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor | None = None,
+                out_scale: Tensor | None = None, transposed: bool = False) -> list[Tensor]:
+    """Forward, without post: [post], with out_scale [post, post8, amax], transposed [post, post8, amax, post8_t].
+    Backward, with post: [dpre], with out_scale [dpre8], transposed [dpre8, dpre8_t]."""
     outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, post, scale, out_scale, transposed)
     for t in (a, w, post, out, out8, out8_t):
         if t is not None and (t.shape[1] * t.itemsize % 16 or t.data_ptr() % 16):
@@ -778,7 +765,8 @@ def _relu_square(a: Tensor, w: Tensor, post: Tensor | None, scale: Tensor | None
         raise ValueError(f"the kernel has no {a.dtype} operands{' for FP8 outputs' * (a.itemsize == 4)}: convert them.")
     _bind_context(a)
     if out8 is None and post is not None and scale is None and a.dtype == torch.bfloat16 and _is_hopper(a):
-        _run_hopper_backward(a, w, post, out)
+        descriptors = (HopperDescriptor.from_tensor(t, HOPPER_BLOCK, HOPPER_LAYOUT) for t in (a, w, post, out))
+        _hopper_relu_square_backward[(_multiprocessors(a),)](*descriptors, num_warps=4, maxnreg=168)
         return [out]
     bm, bn, bk, group, stages, warps = RELU_SQUARE_TILES[a.itemsize]
     stages -= post is not None  # post needs the shared memory of one on its way to the products' layout
@@ -793,25 +781,10 @@ def _relu_square(a: Tensor, w: Tensor, post: Tensor | None, scale: Tensor | None
     return [t for t in outputs if t is not None]
 
 
-_relu_square.register_fake(lambda *args: [t for t in _relu_square_outputs(*args) if t is not None])
-
-
-def relu_square_linear_kernel(x, w, scale=None, post_scale=None, transposed=False) -> list[Tensor]:
-    return _relu_square(x, w, None, scale, post_scale, transposed)
-
-
-def relu_square_backward_kernel(g, w, post, scale=None, dpre_scale=None) -> list[Tensor]:
-    return _relu_square(g, w, post, scale, dpre_scale, True)
-
-
-relu_square_linear = by_device(relu_square_linear_kernel, relu_square_linear_reference)
-relu_square_backward = by_device(relu_square_backward_kernel, relu_square_backward_reference)
-
-
 class ReluSquareMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_up, w_down):
-        (post,) = relu_square_linear(x, w_up)
+        (post,) = relu_square(x, w_up)
         ctx.save_for_backward(x, w_up, w_down, post)
         return post @ w_down
 
@@ -819,7 +792,7 @@ class ReluSquareMLP(torch.autograd.Function):
     def backward(ctx, g):
         x, w_up, w_down, post = ctx.saved_tensors
         g = g.contiguous()
-        (dpre,) = relu_square_backward(g, w_down, post)
+        (dpre,) = relu_square(g, w_down, post)
         return dpre @ w_up, dpre.t() @ x, post.t() @ g
 
 
@@ -871,7 +844,6 @@ def _check_cross_entropy(logits, targets, weights, prefix, *dtypes: torch.dtype)
 def softcapped_cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
                                        grad_dtype: torch.dtype, prefix: Tensor | None = None,
                                        both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, grad, grad_t) as defined above in plain PyTorch: the kernel's definition, and what a CPU trains with."""
     _check_cross_entropy(logits, targets, weights, prefix, *FLOATS, torch.float64)
     (tokens, vocab), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     terms = len(weights) - (prefix is not None)
@@ -1054,11 +1026,11 @@ def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix=None,
     return logits.new_empty(logits.shape[0], dtype=torch.float32), grad, grad_t
 
 
-@torch.library.custom_op("speedrun::softcapped_cross_entropy", mutates_args=())
-def softcapped_cross_entropy_kernel(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
-                                    grad_dtype: torch.dtype, prefix: Tensor | None = None,
-                                    both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, grad, grad_t) as defined above, by the kernels."""
+@operation(softcapped_cross_entropy_reference, outputs=_loss_outputs)
+def softcapped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
+                             grad_dtype: torch.dtype, prefix: Tensor | None = None,
+                             both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses, grad, grad_t) as defined above."""
     _check_cross_entropy(logits, targets, weights, prefix, *FLOATS)
     if grad_dtype not in (*FLOATS, torch.float8_e5m2):
         raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*FLOATS, torch.float8_e5m2)}.")
@@ -1074,10 +1046,6 @@ def softcapped_cross_entropy_kernel(logits: Tensor, targets: Tensor, weights: Te
         num_warps=8, maxnreg=64 if fast else None)  # 64 registers: 4 programs fit a multiprocessor
     _loss_at_targets[(triton.cdiv(tokens, 128),)](*inputs, losses, *outputs, len(weights), both_layouts, 128)
     return losses, grad, grad_t
-
-
-softcapped_cross_entropy_kernel.register_fake(_loss_outputs)
-softcapped_cross_entropy = by_device(softcapped_cross_entropy_kernel, softcapped_cross_entropy_reference)
 
 
 def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tensor:
@@ -1117,21 +1085,18 @@ def _check_matrices(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
 
 @torch.no_grad()
 def gram_reference(x: Tensor) -> Tensor:
-    """gram as defined above in plain PyTorch."""
     _check_matrices("x", x, *FLOATS, torch.float64)
     return x.mT @ x if x.size(1) > x.size(2) else x @ x.mT
 
 
 @torch.no_grad()
 def gram_polynomial_reference(a: Tensor, b: float, c: float) -> Tensor:
-    """gram_polynomial as defined above in plain PyTorch."""
     _check_matrices("a", a, *FLOATS, torch.float64)
     return b * a + c * (a @ a.mT)
 
 
 @torch.no_grad()
 def orthogonalise_reference(g: Tensor) -> Tensor:
-    """orthogonalise as defined above in plain PyTorch: singular values of at least 1e-3 ||g||_F go to about 1."""
     _check_matrices("g", g, *FLOATS, torch.float64)
     x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)
     tall = g.size(-2) > g.size(-1)
@@ -1203,38 +1168,34 @@ def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> 
     return out
 
 
-@torch.library.custom_op("speedrun::gram", mutates_args=())
-def gram_kernel(x: Tensor) -> Tensor:
-    """gram as defined above, by the kernel."""
+def _gram_outputs(x):
+    return x.new_empty(len(x), min(x.shape[1:]), min(x.shape[1:]))
+
+
+# In bf16 only: fp16 is for the tests, very small matrices overflow in it.
+@operation(gram_reference, outputs=_gram_outputs, dtypes=(torch.bfloat16,))
+def gram(x: Tensor) -> Tensor:
+    """As defined above."""
     _check_matrices("x", x, *FLOATS)
     return _run_symmetric_product(x)
 
 
-@torch.library.custom_op("speedrun::gram_polynomial", mutates_args=())
-def gram_polynomial_kernel(a: Tensor, b: float, c: float) -> Tensor:
-    """gram_polynomial as defined above, by the kernel."""
+@operation(gram_polynomial_reference, outputs=lambda a, b, c: torch.empty_like(a), dtypes=(torch.bfloat16,))
+def gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
+    """As defined above."""
     _check_matrices("a", a, *FLOATS)
     return _run_symmetric_product(a, 0.0, b, c)
 
 
-@torch.library.custom_op("speedrun::orthogonalise", mutates_args=())
-def orthogonalise_kernel(g: Tensor) -> Tensor:
-    """orthogonalise as defined above, its symmetric products by the kernel, which adds a to the step's diagonal."""
+@operation(orthogonalise_reference, outputs=torch.empty_like, dtypes=(torch.bfloat16,))
+def orthogonalise(g: Tensor) -> Tensor:
+    """As defined above: singular values of at least 1e-3 ||g||_F go to about 1."""
     _check_matrices("g", g, *FLOATS)
     x, tall = g, g.size(1) > g.size(2)
-    for factors in POLAR_EXPRESS:
+    for factors in POLAR_EXPRESS:  # the polynomial's kernel adds a to the step's diagonal
         step = _run_symmetric_product(_run_symmetric_product(x), *factors, scaled=x is g)
         x = torch.bmm(x, step) if tall else torch.bmm(step, x)
     return x
-
-
-gram_kernel.register_fake(lambda x: x.new_empty(x.shape[0], min(x.shape[1:]), min(x.shape[1:])))
-gram_polynomial_kernel.register_fake(lambda a, b, c: torch.empty_like(a))
-orthogonalise_kernel.register_fake(torch.empty_like)
-# In bf16 only: fp16 is for the tests, very small matrices overflow in it.
-gram = by_device(gram_kernel, gram_reference, torch.bfloat16)
-gram_polynomial = by_device(gram_polynomial_kernel, gram_polynomial_reference, torch.bfloat16)
-orthogonalise = by_device(orthogonalise_kernel, orthogonalise_reference, torch.bfloat16)
 
 
 # --- Transposes: a copy, an addition in place, quantised to FP8 both ways ---------------------------------------------
@@ -1273,19 +1234,16 @@ def _check_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
 
 
 def transpose_copy_reference(src: Tensor) -> Tensor:
-    """src' as defined above in plain PyTorch."""
     _check_turn(src)
     return src.t().contiguous()
 
 
-def transpose_add_reference_(dst: Tensor, src: Tensor) -> Tensor:
-    """dst += src' as defined above in plain PyTorch."""
+def transpose_add_reference_(dst: Tensor, src: Tensor) -> None:
     _check_turn(src, dst, (torch.bfloat16, torch.float32, torch.float64))
-    return dst.add_(src.t())
+    dst.add_(src.t())
 
 
 def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, q_t, amax) as defined above in plain PyTorch."""
     _check_quantize(x, scale, dtype)
     scaled = x.float() * (1 / scale).expand(x.shape[:-2])[..., None, None]
     q = scaled.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
@@ -1353,9 +1311,9 @@ def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
     _transpose[grid](src, dst, m, n, PACK=pack, ADD=add, BM=bm, BN=bn, num_warps=8)
 
 
-@torch.library.custom_op("speedrun::transpose_copy", mutates_args=())
-def transpose_copy_kernel(src: Tensor) -> Tensor:
-    """src' as defined above, by the kernel."""
+@operation(transpose_copy_reference, outputs=lambda src: src.new_empty(src.shape[::-1]))
+def transpose_copy(src: Tensor) -> Tensor:
+    """src' as defined above."""
     _check_turn(src)
     if src.itemsize not in TURN_UNSIGNED:
         raise ValueError(f"src is {src.dtype}: its elements must have 1, 2 or 4 bytes.")
@@ -1364,19 +1322,21 @@ def transpose_copy_kernel(src: Tensor) -> Tensor:
     return out
 
 
-transpose_copy_kernel.register_fake(lambda src: src.new_empty(src.shape[::-1]))
-
-
-@torch.library.custom_op("speedrun::transpose_add_", mutates_args=("dst",))
-def transpose_add_kernel_(dst: Tensor, src: Tensor) -> None:
-    """dst += src' as defined above, by the kernel."""
+@operation(transpose_add_reference_, outputs=lambda dst, src: None, changes=("dst",))
+def transpose_add_(dst: Tensor, src: Tensor) -> None:
+    """dst += src' as defined above."""
     _check_turn(src, dst, (torch.bfloat16, torch.float32))
     _turn(src, dst, 1, True)
 
 
-@torch.library.custom_op("speedrun::quantize_transpose", mutates_args=())
-def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, q_t, amax) as defined above, by the kernel."""
+def _quantize_outputs(x, scale, dtype):
+    return (x.new_empty(x.shape, dtype=dtype), x.new_empty(x.mT.shape, dtype=dtype),
+            x.new_zeros(x.shape[:-2], dtype=torch.float32))
+
+
+@operation(quantize_transpose_reference, outputs=_quantize_outputs)
+def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(q, q_t, amax) as defined above."""
     _check_quantize(x, scale, dtype)
     q, q_t, amax = _quantize_outputs(x, scale, dtype)
     (m, n), (bm, bn), e4m3 = x.shape[-2:], (16, 128), dtype == E4M3
@@ -1385,17 +1345,6 @@ def quantize_transpose_kernel(x: Tensor, scale: Tensor, dtype: torch.dtype) -> t
         DTYPE=tl.float8e4nv if e4m3 else tl.float8e5, LIMIT=torch.finfo(dtype).max,
         ASM=TURN_WORD and TURN_WORD.format("e4m3" if e4m3 else "e5m2"), BM=bm, BN=bn, num_warps=4)
     return q, q_t, amax
-
-
-@quantize_transpose_kernel.register_fake
-def _quantize_outputs(x, scale, dtype):
-    return (x.new_empty(x.shape, dtype=dtype), x.new_empty(x.mT.shape, dtype=dtype),
-            x.new_zeros(x.shape[:-2], dtype=torch.float32))
-
-
-transpose_copy = by_device(transpose_copy_kernel, transpose_copy_reference)
-transpose_add_ = by_device(lambda dst, src: transpose_add_kernel_(dst, src) or dst, transpose_add_reference_)
-quantize_transpose = by_device(quantize_transpose_kernel, quantize_transpose_reference)
 
 
 # --- What runs on the GPU at hand -------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def mlp_rows() -> Iterator[Row]:
         x, w, g = randn(tokens, 768), randn(3072, 768) / 28, randn(tokens, 768)
         x8, w8 = x.mul(4).to(E4), w.mul(64).to(E4)
         scale, post_scale = torch.full((), 1 / 256, device="cuda"), torch.full((), 0.05, device="cuda")
-        post = tk.relu_square_linear_reference(x, w)[0]
+        post = tk.relu_square_reference(x, w)[0]
         one, flops, shape = torch.ones((), device="cuda"), 2 * tokens * 768 * 3072, f"{tokens:,} x 768 -> 3072"
 
         def up8(x8=x8, w8=w8, scale=scale, post_scale=post_scale, one=one):
@@ -135,11 +135,11 @@ def mlp_rows() -> Iterator[Row]:
             return 2 * (g @ w.t()) * post.sqrt()
 
         yield Row("MLP up + ReLU2, FP8 in, bf16 and FP8 out, amax", shape,
-                  lambda x8=x8, w8=w8, s=scale, p=post_scale: tk.relu_square_linear(x8, w8, s, p), compiled(up8),
+                  lambda x8=x8, w8=w8, s=scale, p=post_scale: tk.relu_square(x8, w8, None, s, p), compiled(up8),
                   x8.nbytes + w8.nbytes + 1.5 * post.nbytes, flops, "fp8")
-        yield Row("MLP up + ReLU2, bf16", shape, lambda x=x, w=w: tk.relu_square_linear(x, w),
+        yield Row("MLP up + ReLU2, bf16", shape, lambda x=x, w=w: tk.relu_square(x, w),
                   compiled(lambda x=x, w=w: F.relu(x @ w.t()).square()), x.nbytes + w.nbytes + post.nbytes, flops)
-        yield Row("MLP backward through ReLU2, bf16", shape, lambda g=g, w=w, p=post: tk.relu_square_backward(g, w, p),
+        yield Row("MLP backward through ReLU2, bf16", shape, lambda g=g, w=w, p=post: tk.relu_square(g, w, p),
                   compiled(back), x.nbytes + w.nbytes + 2 * post.nbytes, flops)
 
 

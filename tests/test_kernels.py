@@ -63,7 +63,7 @@ def test_library_mode_takes_pytorchs_attention_and_no_kernel():
 def test_the_hopper_kernel_compiles_where_no_gpu_is():
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
-    block = f"tensordesc<bf16[128, 64],{tk._hopper_layout(128, 64)!r}>"
+    block = f"tensordesc<bf16{tk.HOPPER_BLOCK},{tk.HOPPER_LAYOUT!r}>"
     source = GluonASTSource(tk._hopper_relu_square_backward, dict.fromkeys(("g", "w", "post", "dpre"), block), {}, {})
     kernel = tk.triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": 168})
     assert kernel.metadata.shared <= 227 * 1024

@@ -67,7 +67,7 @@ def poison(device, *shapes_and_dtypes):
 def assert_matches_reference(args, grad_scale, grad_dtype, both=True):
     logits, targets, weights, prefix = args
     poison(logits.device, (logits.shape, grad_dtype), (logits.shape[::-1], grad_dtype), (targets.shape, F32))
-    out = tk.softcapped_cross_entropy_kernel(logits, targets, weights, grad_scale, grad_dtype, prefix, both)
+    out = tk.softcapped_cross_entropy.kernel(logits, targets, weights, grad_scale, grad_dtype, prefix, both)
     losses, grad, grad_t = out
     wide = logits.double()
     expected = tk.softcapped_cross_entropy_reference(wide, targets, weights, grad_scale, F64, prefix, both)
@@ -220,7 +220,7 @@ def test_kernel_at_random_shapes():
 @pytest.mark.parametrize("vocab", [1, 2, 3])
 def test_kernel_of_few_columns(vocab):
     args = inputs(3, vocab, 2, F32, DEVICE, prefix=True)
-    out = tk.softcapped_cross_entropy_kernel(*args[:3], 1.0, F32, args[3])
+    out = tk.softcapped_cross_entropy.kernel(*args[:3], 1.0, F32, args[3])
     for part, expected in zip(out[:2], plain(*args, 1.0), strict=True):
         # Probabilities near 1 cancel against their weight, so only the absolute error is small.
         torch.testing.assert_close(part.double(), expected, atol=1e-5, rtol=0)
@@ -239,7 +239,7 @@ def test_kernel_takes_every_target_and_grad_dtype(index_dtype, grad_dtype):
 def test_kernel_clamps_e5m2(dtype):
     logits, targets, weights, _ = inputs(5, 300, 2, dtype, DEVICE)
     for scale in (1e8, 1e13):  # of the second the probabilities' part alone is too large
-        _, grad, grad_t = tk.softcapped_cross_entropy_kernel(logits, targets, weights, scale, F8, None, True)
+        _, grad, grad_t = tk.softcapped_cross_entropy.kernel(logits, targets, weights, scale, F8, None, True)
         for values in (grad.float(), grad_t.float()):
             assert values.isfinite().all()
             assert values.abs().max() == tk.E5M2_MAX
@@ -261,7 +261,7 @@ def test_kernel_shows_a_nan(dtype):
     for column in (4, 5, 6, 7):
         logits[1] = 0
         logits[1, column] = float("nan")
-        for function in (tk.softcapped_cross_entropy_kernel, tk.softcapped_cross_entropy_reference):
+        for function in (tk.softcapped_cross_entropy.kernel, tk.softcapped_cross_entropy_reference):
             losses, grad, grad_t = function(logits, targets, weights, 1.0, F8, None, True)
             assert losses.isnan().tolist() == [False, True, False, False]
             assert grad.float().isnan().any(1).tolist() == [False, True, False, False]
@@ -281,7 +281,7 @@ def test_kernel_at_real_width(k, grad_dtype):
 def test_kernel_gives_the_same_bits_each_time():
     logits, targets, weights, prefix = inputs(4096, 50_304, 3, BF16, DEVICE, prefix=True)
     first, *others = (
-        tk.softcapped_cross_entropy_kernel(logits, targets, weights, 16.0, F8, prefix, True) for _ in range(5)
+        tk.softcapped_cross_entropy.kernel(logits, targets, weights, 16.0, F8, prefix, True) for _ in range(5)
     )
     for other in others:
         assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(first, other, strict=True))
@@ -324,7 +324,7 @@ def test_kernel_under_torch_compile():
 def test_operator_gives_shapes_without_running(both, shape):
     args = torch.empty(5, 7, dtype=BF16), torch.empty(5, dtype=torch.int64), torch.empty(2)
     args = (x.to("meta") for x in args)
-    losses, grad, grad_t = tk.softcapped_cross_entropy_kernel(*args, 1.0, F8, None, both)
+    losses, grad, grad_t = tk.softcapped_cross_entropy.kernel(*args, 1.0, F8, None, both)
     assert (losses.shape, losses.dtype) == ((5,), F32)
     assert (grad.shape, grad.dtype) == ((5, 7), F8)
     assert (grad_t.shape, grad_t.dtype) == (shape, F8)
@@ -369,6 +369,6 @@ def test_wrong_arguments_are_named(change, message):
 def test_kernel_names_wrong_dtypes():
     logits, targets, weights, _ = inputs(3, 20, 2, F64, DEVICE)
     with pytest.raises(ValueError, match="logits must be .*torch.float32, not torch.float64"):
-        tk.softcapped_cross_entropy_kernel(logits, targets, weights, 1.0, F32)
+        tk.softcapped_cross_entropy.kernel(logits, targets, weights, 1.0, F32)
     with pytest.raises(ValueError, match="grad_dtype is torch.float64: pass one of"):
-        tk.softcapped_cross_entropy_kernel(logits.float(), targets, weights, 1.0, F64)
+        tk.softcapped_cross_entropy.kernel(logits.float(), targets, weights, 1.0, F64)

@@ -46,9 +46,9 @@ def draw(*shape, dtype=F32, seed=0):
 @runs_kernel
 def test_kernel_operators_are_registered_properly():
     x = draw(16, 32)
-    torch.library.opcheck(tk.transpose_copy_kernel, (x,))
-    torch.library.opcheck(tk.transpose_add_kernel_, (x.t().contiguous(), x))
-    torch.library.opcheck(tk.quantize_transpose_kernel, (x, x.new_tensor(0.1), E4))
+    torch.library.opcheck(tk.transpose_copy.kernel, (x,))
+    torch.library.opcheck(tk.transpose_add_.kernel, (x.t().contiguous(), x))
+    torch.library.opcheck(tk.quantize_transpose.kernel, (x, x.new_tensor(0.1), E4))
 
 
 @runs_kernel
@@ -57,7 +57,7 @@ def test_kernel_transpose_copy_is_exact(dtype):
     for shape in SHAPES:
         src = draw(*shape).to(dtype)
         poison(shape, dtype=BF16 if dtype in (U8, torch.int8, torch.int32) else dtype)
-        out = tk.transpose_copy_kernel(src)
+        out = tk.transpose_copy.kernel(src)
         raw = {1: U8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
         assert out.dtype == dtype and out.is_contiguous()
         assert torch.equal(out.view(raw), src.view(raw).t())
@@ -68,14 +68,15 @@ def test_kernel_transpose_copy_is_exact(dtype):
 def test_kernel_transpose_add_matches_reference(dtypes):
     for shape in SHAPES:
         dst, src = draw(*shape[::-1], dtype=dtypes[0], seed=1), draw(*shape, dtype=dtypes[1])
-        expected = tk.transpose_add_reference_(dst.double(), src.double())
-        tk.transpose_add_kernel_(dst, src)
+        expected = dst.double()
+        tk.transpose_add_reference_(expected, src.double())
+        tk.transpose_add_.kernel(dst, src)
         assert_close(dst, expected, TOLERANCE[dtypes[0]])
 
 
 def assert_quantized(x, scale, dtype):
     poison(x.shape, dtype=dtype)
-    q, q_t, amax = tk.quantize_transpose_kernel(x, scale, dtype)
+    q, q_t, amax = tk.quantize_transpose.kernel(x, scale, dtype)
     exact = x.double() / scale.double().expand(x.shape[:-2])[..., None, None]
     exact = exact.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     *expected, expected_amax = tk.quantize_transpose_reference(x, scale, dtype)
@@ -101,7 +102,7 @@ def test_kernel_quantize_transpose_matches_reference(source, dtype):
 def test_kernel_quantize_transpose_saturates_and_shows_a_nan(dtype):
     x = draw(2, 16, 32)
     x[0, 1, 2], x[0, 3, 4], x[1, 5, 6] = 1e30, float("-inf"), float("nan")
-    for function in (tk.quantize_transpose_kernel, tk.quantize_transpose_reference):
+    for function in (tk.quantize_transpose.kernel, tk.quantize_transpose_reference):
         q, q_t, amax = function(x, torch.ones(2, device=DEVICE), dtype)
         limit = torch.finfo(dtype).max
         for out, (i, j) in ((q, (-2, -1)), (q_t, (-1, -2))):
@@ -114,10 +115,10 @@ def test_kernel_quantize_transpose_saturates_and_shows_a_nan(dtype):
 @runs_kernel
 def test_kernel_transposes_under_torch_compile():
     def function(x, scale):
-        q, q_t, amax = tk.quantize_transpose_kernel(x * 2, scale, E4)
+        q, q_t, amax = tk.quantize_transpose.kernel(x * 2, scale, E4)
         total = torch.zeros_like(x.t(), memory_format=torch.contiguous_format)
-        tk.transpose_add_kernel_(total, x)
-        return tk.transpose_copy_kernel(q), q_t, amax + 1, total + 1
+        tk.transpose_add_.kernel(total, x)
+        return tk.transpose_copy.kernel(q), q_t, amax + 1, total + 1
 
     x, scale = draw(32, 48), draw().abs() / 10
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
@@ -149,7 +150,8 @@ def test_kernel_quantize_transpose_at_real_size(shape, dtype):
 def test_cpu_takes_the_reference():
     streams = [torch.randn(3, 8) for _ in range(2)]
     assert torch.equal(tk.transpose_copy(streams[0]), streams[0].t())
-    assert torch.equal(tk.transpose_add_(torch.ones(8, 3), streams[0]), streams[0].t() + 1)
+    tk.transpose_add_(total := torch.ones(8, 3), streams[0])
+    assert torch.equal(total, streams[0].t() + 1)
     q, q_t, amax = tk.quantize_transpose(x := torch.randn(16, 32), torch.tensor(0.5), E4)
     assert amax == x.abs().max() and torch.equal(q.float(), (x * 2).to(E4).float())
     assert torch.equal(q_t.float(), q.float().t())
@@ -182,8 +184,8 @@ def test_wrong_transposes_are_named(call, message):
 def test_kernel_names_wrong_dtypes():
     x = draw(4, 6, dtype=F64)
     with pytest.raises(ValueError, match="src is torch.float64: its elements"):
-        tk.transpose_copy_kernel(x)
+        tk.transpose_copy.kernel(x)
     with pytest.raises(ValueError, match="src must be .*torch.bfloat16 or torch.float32, not torch.float64"):
-        tk.transpose_add_kernel_(x.t().contiguous(), x)
+        tk.transpose_add_.kernel(x.t().contiguous(), x)
     with pytest.raises(ValueError, match="x must be .*torch.bfloat16 or .*, not torch.float64"):
-        tk.quantize_transpose_kernel(draw(16, 16, dtype=F64), C.to(DEVICE), E4)
+        tk.quantize_transpose.kernel(draw(16, 16, dtype=F64), C.to(DEVICE), E4)

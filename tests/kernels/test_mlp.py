@@ -51,17 +51,17 @@ def assert_close(out, expected, tolerance=None):
 def check_linear(t, f, d, dtype, seed=0):
     x, w = random(t, d, dtype=dtype, seed=seed), random(f, d, dtype=dtype, seed=seed + 1, spread=d**-0.5)
     poison(((t, f), dtype))
-    (post,) = tk.relu_square_linear_kernel(x, w)
+    (post,) = tk.relu_square.kernel(x, w)
     assert post.dtype == dtype
-    assert_close(post, tk.relu_square_linear_reference(*double(x, w))[0])
+    assert_close(post, tk.relu_square_reference(*double(x, w))[0])
 
 
 def check_linear_fp8(t, f, d, transposed, seed=0):
     x, w = random(t, d, dtype=E4, seed=seed), random(f, d, dtype=E4, seed=seed + 1)
     scale, post_scale = number(0.7 * d**-0.5), number(0.013)
     poison(((t, f), BF16), ((t, f), E4), ((f, t), E4))
-    post, post8, amax, *rest = tk.relu_square_linear_kernel(x, w, scale, post_scale, transposed)
-    exact, exact8, exact_amax = tk.relu_square_linear_reference(*double(x, w), scale, post_scale)
+    post, post8, amax, *rest = tk.relu_square.kernel(x, w, None, scale, post_scale, transposed)
+    exact, exact8, exact_amax = tk.relu_square_reference(*double(x, w), None, scale, post_scale)
     assert (post.dtype, post8.dtype) == (BF16, E4)
     assert_close(post, exact)
     assert_close(post8, exact.clamp(max=448 * 0.013) / 0.013)
@@ -75,9 +75,9 @@ def check_backward(t, f, d, dtype, seed=0):
     g, w = random(t, d, dtype=dtype, seed=seed), random(f, d, dtype=dtype, seed=seed + 1, spread=d**-0.5)
     post = random(t, f, dtype=dtype, seed=seed + 2).relu().square()
     poison(((t, f), dtype))
-    (dpre,) = tk.relu_square_backward_kernel(g, w, post)
+    (dpre,) = tk.relu_square.kernel(g, w, post)
     assert dpre.dtype == dtype
-    assert_close(dpre, tk.relu_square_backward_reference(*double(g, w, post))[0])
+    assert_close(dpre, tk.relu_square_reference(*double(g, w, post))[0])
 
 
 def check_backward_fp8_outputs(t, f, d, dtype, w_dtype, scale, seed=0):
@@ -85,8 +85,8 @@ def check_backward_fp8_outputs(t, f, d, dtype, w_dtype, scale, seed=0):
     post = random(t, f, dtype=BF16 if scale else dtype, seed=seed + 2).relu().square()
     scale, out_scale = number(scale) if scale else None, number(0.37)
     poison(((t, f), E5), ((f, t), E5))
-    dpre8, dpre8_t = tk.relu_square_backward_kernel(g, w, post, scale, out_scale)
-    (expected,) = tk.relu_square_backward_reference(*double(g, w, post), scale)
+    dpre8, dpre8_t = tk.relu_square.kernel(g, w, post, scale, out_scale, True)
+    (expected,) = tk.relu_square_reference(*double(g, w, post), scale)
     assert dpre8.dtype == dpre8_t.dtype == E5
     assert_close(dpre8, expected / 0.37)
     assert torch.equal(dpre8_t.float(), dpre8.t().float()) and dpre8_t.is_contiguous()
@@ -107,9 +107,9 @@ def test_references_are_the_definition_and_its_derivative():
     down = random(40, 16, dtype=F64, seed=6)
     pre = (x @ w.t()).requires_grad_()
     post = pre.relu().square()
-    assert_close(tk.relu_square_linear_reference(x, w)[0], post.detach())
+    assert_close(tk.relu_square_reference(x, w)[0], post.detach())
     (expected,) = torch.autograd.grad((post @ down * g).sum(), pre)
-    assert_close(tk.relu_square_backward_reference(g, down, post.detach())[0], expected)
+    assert_close(tk.relu_square_reference(g, down, post.detach())[0], expected)
 
 
 ########################################################################################################################
@@ -135,20 +135,20 @@ def test_kernel_linear_fp8_of_any_row_count():
 
 def test_kernel_linear_quantises_its_output_from_other_dtypes_too():
     x, w = random(40, 32, dtype=F16), random(48, 32, dtype=F16)
-    post, post8, amax = tk.relu_square_linear_kernel(x, w, None, number(1.0))
+    post, post8, amax = tk.relu_square.kernel(x, w, None, None, number(1.0))
     assert post.dtype == F16 and amax.max() == post.max()
-    assert_close(post8, tk.relu_square_linear_reference(*double(x, w))[0].clamp(max=448))
+    assert_close(post8, tk.relu_square_reference(*double(x, w))[0].clamp(max=448))
 
 
 def test_kernel_linear_saturates():
     x, w = torch.full((16, 32), 100.0, device=DEVICE).to(E4), torch.full((32, 32), 100.0, device=DEVICE).to(E4)
-    post, post8, amax = tk.relu_square_linear_kernel(x, w, number(1e-2), number(1e-6))
+    post, post8, amax = tk.relu_square.kernel(x, w, None, number(1e-2), number(1e-6))
     assert (post8.float() == 448).all() and amax.max() == post.max() and post.isfinite().all()
 
 
 def test_kernel_linear_of_negative_products_is_zero():
     x, w = torch.full((16, 32), 2.0, device=DEVICE).to(E4), torch.full((32, 32), -2.0, device=DEVICE).to(E4)
-    post, post8, amax = tk.relu_square_linear_kernel(x, w, number(1.0), number(1.0))
+    post, post8, amax = tk.relu_square.kernel(x, w, None, number(1.0), number(1.0))
     assert (post == 0).all() and (post8.float() == 0).all() and (amax == 0).all()
 
 
@@ -157,10 +157,10 @@ def test_kernel_linear_shows_a_nan(fp8):
     x, w = random(40, 32), random(48, 32)
     x[7, 3] = float("nan")
     if fp8:
-        post, post8, amax = tk.relu_square_linear_kernel(x.to(E4), w.to(E4), number(1.0), number(1.0))
+        post, post8, amax = tk.relu_square.kernel(x.to(E4), w.to(E4), None, number(1.0), number(1.0))
         assert post8.float().isnan().any(1).nonzero().tolist() == [[7]]
     else:
-        (post,) = tk.relu_square_linear_kernel(x, w)
+        (post,) = tk.relu_square.kernel(x, w)
     assert post.isnan().any(1).nonzero().tolist() == [[7]]
 
 
@@ -179,7 +179,7 @@ def test_kernel_backward_with_fp8_outputs(t, f, d, dtype, w_dtype, scale):
 def test_kernel_backward_saturates():
     g, w, post = (torch.full(s, v).to(DEVICE, F16) for s, v in (((16, 32), 30.0), ((32, 32), 30.0), ((16, 32), 9.0)))
     g[::2] *= -1
-    dpre8, dpre8_t = tk.relu_square_backward_kernel(g, w, post, None, number(1e-2))
+    dpre8, dpre8_t = tk.relu_square.kernel(g, w, post, None, number(1e-2), True)
     assert (dpre8.float().abs() == tk.E5M2_MAX).all()
     assert (dpre8[0].float() < 0).all() and (dpre8_t[:, 1].float() > 0).all()
 
@@ -196,11 +196,11 @@ def test_kernels_at_random_shapes(shape):
 def test_kernel_beyond_int32_elements():
     t, f, d = 720_000, 3072, 64  # T * F > 2^31: 4.4 GB of bf16
     x, w = random(64, d, dtype=BF16).repeat(t // 64, 1), random(f, d, dtype=BF16)
-    (post,) = tk.relu_square_linear_kernel(x, w)
+    (post,) = tk.relu_square.kernel(x, w)
     assert torch.equal(post[-64:], post[:64])
-    (dpre,) = tk.relu_square_backward_kernel(x, w, post)
+    (dpre,) = tk.relu_square.kernel(x, w, post)
     assert torch.equal(dpre[-64:], dpre[:64])
-    assert_close(dpre[-64:], tk.relu_square_backward_reference(*double(x[-64:], w, post[-64:]))[0])
+    assert_close(dpre[-64:], tk.relu_square_reference(*double(x[-64:], w, post[-64:]))[0])
 
 
 ########################################################################################################################
@@ -239,9 +239,9 @@ def test_mlp_matches_its_reference(t, d, f):
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_kernels_may_be_the_first_work_of_a_thread(dtype):
     g, w, post = random(64, 32, dtype=dtype), random(48, 32, dtype=dtype), random(64, 48, dtype=dtype).abs()
-    expected = tk.relu_square_backward(g, w, post)
+    expected = tk.relu_square(g, w, post)
     with ThreadPoolExecutor(1) as thread:  # it has no CUDA context yet, like autograd's
-        assert torch.equal(thread.submit(tk.relu_square_backward, g, w, post).result()[0], expected[0])
+        assert torch.equal(thread.submit(tk.relu_square, g, w, post).result()[0], expected[0])
 
 
 def test_mlp_under_torch_compile():
@@ -261,51 +261,51 @@ def test_mlp_under_torch_compile():
 def test_operators_give_shapes_without_running():
     x, w, post = (torch.empty(s, dtype=BF16, device="meta") for s in ((32, 16), (48, 16), (32, 48)))
     s = torch.empty((), device="meta")
-    out = tk.relu_square_linear_kernel(x, w, None, s, True)
+    out = tk.relu_square.kernel(x, w, None, None, s, True)
     assert [(tuple(o.shape), o.dtype) for o in out] == [
         ((32, 48), BF16), ((32, 48), E4), (tuple(out[2].shape), F32), ((48, 32), E4)
     ]  # fmt: skip
-    assert [(tuple(o.shape), o.dtype) for o in tk.relu_square_backward_kernel(x, w, post)] == [((32, 48), BF16)]
-    out = tk.relu_square_backward_kernel(x, w, post, None, s)
+    assert [(tuple(o.shape), o.dtype) for o in tk.relu_square.kernel(x, w, post)] == [((32, 48), BF16)]
+    out = tk.relu_square.kernel(x, w, post, None, s, True)
     assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), E5), ((48, 32), E5)]
 
 
 @pytest.mark.usefixtures("on_a_cpu")
 def test_cpu_takes_the_reference():
     x, w, post = torch.randn(5, 3), torch.randn(7, 3), torch.rand(5, 7)  # no kernel takes rows of 12 bytes
-    assert torch.equal(tk.relu_square_linear(x, w)[0], tk.relu_square_linear_reference(x, w)[0])
-    assert torch.equal(tk.relu_square_backward(x, w, post)[0], tk.relu_square_backward_reference(x, w, post)[0])
+    assert torch.equal(tk.relu_square(x, w)[0], tk.relu_square_reference(x, w)[0])
+    assert torch.equal(tk.relu_square(x, w, post)[0], tk.relu_square_reference(x, w, post)[0])
 
 
 @pytest.mark.usefixtures("on_a_cpu")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"g": torch.zeros(2, 4, 5)}, r"first operand must be \(T, D\).*of shape \(2, 4, 5\)"),
+        ({"a": torch.zeros(2, 4, 5)}, r"first operand must be \(T, D\).*of shape \(2, 4, 5\)"),
         ({"w": torch.zeros(8, 6).T}, r"w must be .*contiguous.*of shape \(6, 8\) with strides \(1, 6\)"),
-        ({"g": torch.zeros(0, 8)}, r"first operand must be .*neither of them 0.*of shape \(0, 8\)"),
-        ({"g": torch.zeros(4, 8, dtype=torch.int32)}, r"first operand must be .*bfloat16.*not torch.int32"),
+        ({"a": torch.zeros(0, 8)}, r"first operand must be .*neither of them 0.*of shape \(0, 8\)"),
+        ({"a": torch.zeros(4, 8, dtype=torch.int32)}, r"first operand must be .*bfloat16.*not torch.int32"),
         ({"w": torch.zeros(6, 9)}, r"w must be \(F, 8\).*of shape \(6, 9\)"),
         ({"post": torch.zeros(4, 7)}, r"post must be \(4, 6\).*of shape \(4, 7\)"),
         ({"w": torch.zeros(6, 8, dtype=F16)}, r"w must be .*torch.float32, not torch.float16"),
         ({"post": torch.zeros(4, 6, dtype=F16)}, r"post must be .*torch.float32, not torch.float16"),
         ({"scale": torch.zeros(2)}, r"a scale must be one number.*of shape \(2,\)"),
-        ({"dpre_scale": torch.zeros((), dtype=F64)}, r"a scale must be .*torch.float32, not torch.float64"),
+        ({"out_scale": torch.zeros((), dtype=F64)}, r"a scale must be .*torch.float32, not torch.float64"),
         ({"w": torch.zeros(6, 8, device="meta")}, r"w must be .*on cpu.*on meta"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
-    good = {"g": torch.zeros(4, 8), "w": torch.zeros(6, 8), "post": torch.zeros(4, 6)}
+    good = {"a": torch.zeros(4, 8), "w": torch.zeros(6, 8), "post": torch.zeros(4, 6)}
     with pytest.raises(ValueError, match=message):
-        tk.relu_square_backward(**(good | change))
+        tk.relu_square(**(good | change))
 
 
 def test_kernels_name_rows_they_cannot_take():
     with pytest.raises(ValueError, match="16 bytes.*pad T, D and F to multiples of 4"):
-        tk.relu_square_linear_kernel(random(4, 6), random(8, 6))
+        tk.relu_square.kernel(random(4, 6), random(8, 6))
     with pytest.raises(ValueError, match="16 bytes.*pad T, D and F to multiples of 16"):
-        tk.relu_square_linear_kernel(random(12, 16), random(16, 16), None, number(1.0), True)
+        tk.relu_square.kernel(random(12, 16), random(16, 16), None, None, number(1.0), True)
     with pytest.raises(ValueError, match="no torch.float32 operands for FP8 outputs: convert"):
-        tk.relu_square_linear_kernel(random(16, 16), random(16, 16), None, number(1.0))
+        tk.relu_square.kernel(random(16, 16), random(16, 16), None, None, number(1.0))
     with pytest.raises(ValueError, match="no torch.float64 operands: convert"):
-        tk.relu_square_linear_kernel(random(16, 16, dtype=F64), random(16, 16, dtype=F64))
+        tk.relu_square.kernel(random(16, 16, dtype=F64), random(16, 16, dtype=F64))

@@ -50,12 +50,12 @@ def assert_products_match(shape, dtype, seed=0):
     x = matrices(shape, dtype, seed)
     square = (shape[0], min(shape[1:]), min(shape[1:]))
     poison(square, dtype=dtype)
-    gram = tk.gram_kernel(x)
+    gram = tk.gram.kernel(x)
     assert gram.dtype == dtype and gram.shape == square
     assert torch.equal(gram, gram.mT)
     assert_close(gram, tk.gram_reference(x.double()), TOLERANCE[dtype])
     poison(square, dtype=dtype)
-    step = tk.gram_polynomial_kernel(gram, 0.7, -1.3)
+    step = tk.gram_polynomial.kernel(gram, 0.7, -1.3)
     assert step.dtype == dtype and step.shape == square
     assert torch.equal(step, step.mT)
     assert_close(step, tk.gram_polynomial_reference(gram.double(), 0.7, -1.3), TOLERANCE[dtype])
@@ -71,7 +71,7 @@ def assert_orthogonalises(g, name="", rounds=0):
     if CUDA:
         torch.cuda.synchronize()
     poison(g.shape, g.shape, dtype=g.dtype)
-    out = tk.orthogonalise_kernel(g)
+    out = tk.orthogonalise.kernel(g)
     assert out.dtype == g.dtype and out.shape == g.shape
     unit = torch.finfo(g.dtype).eps / 2
     few = 1e-4 if g.dtype == F32 else 64 * unit if min(g.shape[1:]) < 16 else 0
@@ -150,10 +150,10 @@ def test_kernel_orthogonalises_at_every_scale(factor):
 def test_kernel_keeps_matrices_apart():
     g = matrices((4, 20, 17), DTYPES[0])
     g[1] = 0
-    whole = tk.orthogonalise_kernel(g)
+    whole = tk.orthogonalise.kernel(g)
     assert (whole[1] == 0).all()
     g[2, 3, 4] = float("nan")
-    broken = tk.orthogonalise_kernel(g)
+    broken = tk.orthogonalise.kernel(g)
     assert torch.equal(broken[[0, 1, 3]], whole[[0, 1, 3]]) and broken[2].isnan().any()
 
 
@@ -175,7 +175,7 @@ def test_kernels_at_real_shapes(shape):
     values = torch.linalg.eigvalsh(whitened).sqrt()  # the singular values; those of a normal square reach down to 0
     assert values.max() < 1.15 and (values.min() > 0.85 or shape[1] == shape[2])
     for _ in range(100):  # a moving result would be a race
-        assert torch.equal(tk.orthogonalise_kernel(g), out)
+        assert torch.equal(tk.orthogonalise.kernel(g), out)
 
 
 @needs_cuda
@@ -214,9 +214,9 @@ def test_kernels_under_torch_compile_and_in_a_graph():
 def test_operators_give_shapes_without_running():
     for shape, short in [((2, 5, 7), 5), ((2, 7, 5), 5)]:
         x = torch.empty(shape, dtype=BF16, device="meta")
-        assert tk.gram_kernel(x).shape == (2, short, short)
-        assert tk.gram_polynomial_kernel(tk.gram_kernel(x), 1.0, 2.0).shape == (2, short, short)
-        assert tk.orthogonalise_kernel(x).shape == shape and tk.orthogonalise_kernel(x).dtype == BF16
+        assert tk.gram.kernel(x).shape == (2, short, short)
+        assert tk.gram_polynomial.kernel(tk.gram.kernel(x), 1.0, 2.0).shape == (2, short, short)
+        assert tk.orthogonalise.kernel(x).shape == shape and tk.orthogonalise.kernel(x).dtype == BF16
 
 
 @pytest.mark.usefixtures("on_a_cpu")
@@ -252,6 +252,6 @@ def test_polynomial_of_a_rectangle_is_named():
 @runs_kernel
 def test_kernels_name_float64():
     x = torch.zeros(2, 4, 4, dtype=F64, device=DEVICE)
-    for call in (tk.gram_kernel, tk.orthogonalise_kernel, lambda x: tk.gram_polynomial_kernel(x, 1.0, 1.0)):
+    for call in (tk.gram.kernel, tk.orthogonalise.kernel, lambda x: tk.gram_polynomial.kernel(x, 1.0, 1.0)):
         with pytest.raises(ValueError, match="must be .*torch.float32, not torch.float64"):
             call(x)
