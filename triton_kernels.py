@@ -12,6 +12,7 @@ operators take CPU tensors; that is how the tests run them without a GPU. Measur
 import functools
 import os
 import struct
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -179,14 +180,13 @@ def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_ga
     if key_offset and cos is None:
         raise ValueError("key_offset shifts the channels that do not rotate: pass cos and sin.")
     tokens, rows = len(qkv), len(qkv) * (1 + paired)
-    for name, x, length, columns in (
-            ("qkv", qkv, tokens, heads * (2 * width + v_width)), ("gate", gate, tokens, heads),
-            ("value", value, tokens, heads * v_width), ("value_gate", value_gate, tokens, heads),
-            ("cos", cos, rows, width // 4), ("sin", sin, rows, width // 4)):
-        least = "at least " if name in ("cos", "sin") else ""
-        if x is not None and ((x[:length] if least else x).shape != (length, columns) or not x.is_contiguous()):
-            raise ValueError(f"{name} has shape {tuple(x.shape)} and strides {x.stride()}: pass it contiguous, "
-                             f"{least}({length}, {columns}).")
+    cos, sin = (x if x is None else x[:rows] for x in (cos, sin))  # they may be longer
+    for name, x, shape in (
+            ("qkv", qkv, (tokens, heads * (2 * width + v_width))), ("gate", gate, (tokens, heads)),
+            ("value", value, (tokens, heads * v_width)), ("value_gate", value_gate, (tokens, heads)),
+            ("the start of cos", cos, (rows, width // 4)), ("the start of sin", sin, (rows, width // 4))):
+        if x is not None:
+            _expect(name, x, x.shape == shape, shape, (x.dtype,), qkv.device)
 
 
 # Tiles as measured on an H200 at widths of 128: two programs of 4 warps share a multiprocessor, so one's softmax runs
@@ -1056,12 +1056,11 @@ def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tens
 
 
 # --- Symmetric products, and the orthogonalisation made of them -------------------------------------------------------
-#     gram(x) = x x' (R <= C) or x' x (R > C)            gram_polynomial(a, b, c) = b a + c a a', for a symmetric a
+#     gram(x) = x x' (R <= C) or x' x (R > C)            gram(x, b, c) = b x + c x x', for a symmetric x
 #     orthogonalise(g):   x = g / (1.02 ||g||_F + 1e-6),   then for the a, b, c of each of five rounds
-#         step = gram_polynomial(gram(x), b, c),   x = a x + step x (R <= C) or a x + x step (R > C)
+#         step = gram(gram(x), b, c),   x = a x + step x (R <= C) or a x + x step (R > C)
 #
 # x, g    (N, R, C)  bf16, fp16 or fp32 (the reference also float64), contiguous    N matrices of one shape
-# a       (N, S, S)  likewise
 # results of the arguments' dtype; sums in fp32, and gram, step and x are rounded to that dtype between the products
 #
 # Of a symmetric product only the tiles on and below the diagonal are computed, each stored twice. ||g||^2 is the trace
@@ -1078,21 +1077,16 @@ POLAR_EXPRESS = (
 )
 
 
-def _check_matrices(name: str, x: Tensor, *dtypes: torch.dtype) -> None:
-    fits = x.ndim == 3 and 0 not in x.shape and (name != "a" or x.shape[1] == x.shape[2])
-    _expect(name, x, fits, f"({'N, S, S' if name == 'a' else 'N, R, C'}), none of them 0", dtypes)
+def _check_matrices(name: str, x: Tensor, *dtypes: torch.dtype, square: bool = False) -> None:
+    fits = x.ndim == 3 and 0 not in x.shape and (not square or x.shape[1] == x.shape[2])
+    _expect(name, x, fits, f"({'N, S, S' if square else 'N, R, C'}), none of them 0", dtypes)
 
 
 @torch.no_grad()
-def gram_reference(x: Tensor) -> Tensor:
-    _check_matrices("x", x, *FLOATS, torch.float64)
-    return x.mT @ x if x.size(1) > x.size(2) else x @ x.mT
-
-
-@torch.no_grad()
-def gram_polynomial_reference(a: Tensor, b: float, c: float) -> Tensor:
-    _check_matrices("a", a, *FLOATS, torch.float64)
-    return b * a + c * (a @ a.mT)
+def gram_reference(x: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
+    _check_matrices("x", x, *FLOATS, torch.float64, square=(b, c) != (0, 1))
+    product = x.mT @ x if x.size(1) > x.size(2) else x @ x.mT
+    return product if (b, c) == (0, 1) else b * x + c * product
 
 
 @torch.no_grad()
@@ -1168,23 +1162,13 @@ def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> 
     return out
 
 
-def _gram_outputs(x):
-    return x.new_empty(len(x), min(x.shape[1:]), min(x.shape[1:]))
-
-
 # In bf16 only: fp16 is for the tests, very small matrices overflow in it.
-@operation(gram_reference, outputs=_gram_outputs, dtypes=(torch.bfloat16,))
-def gram(x: Tensor) -> Tensor:
+@operation(gram_reference, outputs=lambda x, *_: x.new_empty(len(x), *[min(x.shape[1:])] * 2), dtypes=(torch.bfloat16,))
+def gram(x: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
     """As defined above."""
-    _check_matrices("x", x, *FLOATS)
-    return _run_symmetric_product(x)
-
-
-@operation(gram_polynomial_reference, outputs=lambda a, b, c: torch.empty_like(a), dtypes=(torch.bfloat16,))
-def gram_polynomial(a: Tensor, b: float, c: float) -> Tensor:
-    """As defined above."""
-    _check_matrices("a", a, *FLOATS)
-    return _run_symmetric_product(a, 0.0, b, c)
+    polynomial = (b, c) != (0, 1)
+    _check_matrices("x", x, *FLOATS, square=polynomial)
+    return _run_symmetric_product(x, *(0.0, b, c) * polynomial)
 
 
 @operation(orthogonalise_reference, outputs=torch.empty_like, dtypes=(torch.bfloat16,))
@@ -1359,15 +1343,7 @@ CAPABILITIES = {
     "orthogonalise": ((9, 0), (10, 0), orthogonalise, orthogonalise_reference),
     "quantize_transpose": ((8, 9), (13, 0), quantize_transpose, quantize_transpose_reference),
 }
-
-
-class Kernels(NamedTuple):
-    """The function that a run uses for each operation; `choose` makes it."""
-    attention: Callable
-    mlp: Callable
-    cross_entropy: Callable
-    orthogonalise: Callable
-    quantize_transpose: Callable
+Kernels = namedtuple("Kernels", CAPABILITIES)  # the function that a run uses for each operation; `choose` makes it
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, mode: str = "auto") -> tuple[Kernels, dict[str, str]]:

@@ -161,11 +161,11 @@ def test_a_kernel_may_be_the_first_work_of_a_thread():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"width": 32}, "widths of Q/K and V are 32 and 64: each must be"),
-    ({"qkv": torch.zeros(5, 383)}, r"qkv has shape \(5, 383\).*\(5, 384\)"),
+    ({"qkv": torch.zeros(5, 383)}, r"qkv must be \(5, 384\).*of shape \(5, 383\)"),
     ({"heads": 1, "qkv": torch.zeros(5, 192), "paired": True}, "1 heads cannot be paired"),
     ({"key_offset": True}, "pass cos and sin"),
-    ({"cos": torch.zeros(3, 16), "sin": torch.zeros(5, 16)}, r"cos has shape \(3, 16\).*at least \(5, 16\)"),
-    ({"value": torch.zeros(5, 3), "value_gate": torch.zeros(5, 2)}, r"value has shape \(5, 3\).*\(5, 128\)"),
+    ({"cos": torch.zeros(3, 16), "sin": torch.zeros(5, 16)}, r"start of cos must be \(5, 16\).*of shape \(3, 16\)"),
+    ({"value": torch.zeros(5, 3), "value_gate": torch.zeros(5, 2)}, r"value must be \(5, 128\).*of shape \(5, 3\)"),
 ])
 def test_wrong_arguments_are_named(change, message):
     where = tk.documents(torch.tensor([0, 5], dtype=torch.int32, device=DEVICE), 5, 5)
