@@ -1,18 +1,16 @@
 """The trainer's GPU kernels, written in Triton (one in Gluon), each beside the plain PyTorch reference that defines it.
 
-A section has its equation, shapes, dtypes and sources; NAME_reference, in plain PyTorch; the kernels, behind an opaque
-operator of the "speedrun" namespace, so torch.compile(fullgraph=True) takes it; and NAME, its public function, with
-the reference's signature. `choose`, the last section, picks a run's functions for its GPU. A shape, layout, device or
-dtype that a section does not list raises ValueError.
+A section has its equation, shapes, dtypes and sources; NAME_reference, of the same arguments; the kernels; and NAME,
+its public function. A shape, layout, device or dtype that a section does not list raises ValueError. `choose`, the last
+section, picks a run's functions for its GPU. Measured times: records/NOTES.md.
 
 The file imports where Triton cannot be imported. Under TRITON_INTERPRET=1 (set before triton is first imported) the
-operators take CPU tensors; that is how the tests run them without a GPU. Measured times: records/NOTES.md.
+operators take CPU tensors; that is how the tests run them without a GPU.
 """
 
 import functools
 import os
 import struct
-from collections import namedtuple
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -47,10 +45,10 @@ def kernels_available(device: torch.device | str) -> bool:
 
 
 def operation(reference: Callable, outputs: Callable, dtypes: Sequence[torch.dtype] = (), changes: Sequence[str] = ()):
-    """Decorates the function that launches an operation's kernels. NAME.kernel is then the operator speedrun::NAME,
-    whose results are like what `outputs` returns and which writes to its arguments `changes`; and NAME, which is not
-    differentiable, is the operator where it runs and the first argument has one of `dtypes` (none given: any), else
-    `reference`, of the same signature."""
+    """Decorates the function NAME that launches an operation's kernels. NAME.kernel becomes an operator, opaque to
+    torch.compile, with results like those of `outputs`, that writes to its arguments `changes`; NAME, not
+    differentiable, that operator where it runs and the first argument has one of `dtypes` (or they are none), else
+    `reference`."""
     def decorate(launch: Callable) -> Callable:
         operator = torch.library.custom_op(f"speedrun::{launch.__name__}", launch, mutates_args=changes)
         operator.register_fake(outputs)
@@ -69,6 +67,10 @@ def operation(reference: Callable, outputs: Callable, dtypes: Sequence[torch.dty
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 E4M3_MAX, E5M2_MAX = 448.0, 57344.0  # the largest finite values; a cast alone would make larger ones NaN or inf
+# PTX from four floats to a word of FP8, saturated: Triton 3.6 writes wrong bytes when it packs converted ones anew.
+E4M3_WORD, E5M2_WORD = (tl.constexpr(
+    f"{{ .reg .b16 low, high; cvt.rn.satfinite.{name}x2.f32 low, $2, $1; "
+    f"cvt.rn.satfinite.{name}x2.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}") for name in ("e4m3", "e5m2"))
 
 
 def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: Sequence[torch.dtype], device=None) -> None:
@@ -92,7 +94,6 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 
 # --- Causal attention over packed documents with a left window --------------------------------------------------------
 #     out_i = gate_i * sum_j softmax_j(scale * q_i . k_j) v_j   over j <= i <= j + window in i's document
-#
 # qkv         (T, 2 H W + H V)  packed rows: H query, H key heads of width W, H value heads of width V; 64 or 128 each
 # documents   Documents         made once a batch by `documents`
 # cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed, then channel j turns with channel j + W / 4,
@@ -103,10 +104,8 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
 # out         (T, H V)
 #
-# All contiguous and of one dtype, bf16 or fp16; sums are fp32. (In the interpreter fp32; in the reference any dtype and
-# widths.) A shape, layout or dtype not listed here raises ValueError.
+# All contiguous and of one dtype, bf16 or fp16 (interpreter: fp32; reference: any dtype, any widths); sums are fp32.
 # Differentiable by qkv, gate, value and value_gate. Deterministic: no atomics.
-#
 # Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442); rotary embedding (2104.09864), half-truncated in
 # modded-nanogpt's record #20; gates #28; value embeddings (2410.17897), #14; key offset #49; paired heads #58.
 
@@ -167,7 +166,6 @@ def attention_reference(qkv: Tensor, documents: Documents, heads: int, width: in
 def attention_library(*args, **options) -> Tensor:
     """The same through PyTorch's FlashAttention: bf16 or fp16, W = V, compute capability 8.0 and up."""
     from torch.nn.attention.varlen import varlen_attn
-
     def softmax(q, k, v, documents, parts, window, scale, _):
         starts, longest = documents.cu_seqlens * parts, documents.max_doc * parts
         return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(window, 0))
@@ -192,8 +190,7 @@ def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_ga
 # Tiles as measured on an H200 at widths of 128: two programs of 4 warps share a multiprocessor, so one's softmax runs
 # beside the other's products. Wider tiles, 8 warps, and loops split into masked and unmasked parts were all slower.
 TILE, SMALL_WINDOW = 64, 128
-TO_LOG2 = tl.constexpr(1.4426950408889634)
-NORM_EPS = tl.constexpr(1.1920928955078125e-07)  # F.rms_norm's
+TO_LOG2, NORM_EPS = tl.constexpr(1.4426950408889634), tl.constexpr(1.1920928955078125e-07)  # the latter F.rms_norm's
 
 
 @jit
@@ -282,9 +279,7 @@ def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr
             cos, sin = _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH)
             a, b, still = a * rstd, b * rstd, still * rstd
             a, b = a * cos + b * sin, b * cos - a * sin
-        target = k_ptr
-        if section == 0:
-            target = q_ptr
+        target = q_ptr if section == 0 else k_ptr
         target += tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
         if OFFSET and section == 1:
             _store_parts(target, a, b, still, inside, target + HELD * WIDTH, rows[:, None] + 1 < T * PARTS, WIDTH)
@@ -298,8 +293,7 @@ def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr
 def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, first_ptr, T, padded, window, scale,
                        HEADS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
                        BOUNDED: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr = TILE):
-    """One program: ROWS queries of one head over the keys that their documents and windows reach. BOUNDED: normed q
-    and k keep the scores so small that no running maximum is needed."""
+    """One program: ROWS queries of one head. BOUNDED: normed q and k, whose small scores need no running maximum."""
     head, row0 = tl.program_id(0), tl.program_id(1) * ROWS
     rows = row0 + tl.arange(0, ROWS)
     inside = rows < T
@@ -344,8 +338,7 @@ def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr
                   grad_ptr, cos_ptr, sin_ptr, T, padded, window, scale, HEADS: tl.constexpr,
                   PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr = TILE,
                   KEYS: tl.constexpr = TILE // 2):
-    """One program: the gradient of ROWS queries of one head, and delta = sum over channels of dout * out / gate, which
-    is also the gradient of the gate."""
+    """One program: the gradients of ROWS queries of one head and of their gates, delta = sum of dout * out / gate."""
     head, row0 = tl.program_id(0), tl.program_id(1) * ROWS
     rows = row0 + tl.arange(0, ROWS)
     inside = rows < T
@@ -501,9 +494,8 @@ def _attention_backward(dout: Tensor, qkv: Tensor, gate: Tensor | None, first: T
         num_stages=2, **shape)
     if key_offset:
         _attention_offset_dk[triton.cdiv(len(qkv), 16), heads](dk, qkv, dqkv, cos, sin, len(qkv), num_warps=4, **shape)
-    if gate is None:
-        return dqkv, qkv.new_empty(0)
-    return dqkv, delta[:, :rows].t().reshape(gate.shape).to(gate.dtype).contiguous()
+    dgate = qkv.new_empty(0) if gate is None else delta[:, :rows].t().reshape(gate.shape).to(gate.dtype).contiguous()
+    return dqkv, dgate
 
 
 _attention_backward.register_fake(lambda dout, qkv, gate, *_: (
@@ -541,7 +533,6 @@ def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
 # --- The MLP's matrix products with ReLU^2 ----------------------------------------------------------------------------
 #     forward   post = relu(scale * x W')^2        post8 = e4m3(post / out_scale)        amax = max post
 #     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / out_scale)
-#
 # a     (T, D)   bf16, fp16, fp32 (the reference also float64) or FP8, row-major    input x, or gradient g of the output
 # w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
 # post  (T, F)   a's dtype, bf16 for FP8; None: forward
@@ -550,9 +541,8 @@ def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
 # amax  (n,)     fp32, one maximum for each program (NaNs left out); with post8      for the next step's out_scale
 # dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
 #
-# Arithmetic is fp32, each output rounded once. FP8 products accumulate at the tensor cores' own precision (about 14
-# bits on Hopper: max_num_imprecise_acc is left at its default). Rows must be a multiple of 16 bytes, as the GPU's
-# tensor descriptors want them. A shape, layout, device or dtype not listed here raises ValueError.
+# Arithmetic is fp32, each output rounded once; FP8 products accumulate at the tensor cores' own precision, on Hopper
+# about 14 bits (max_num_imprecise_acc is left at its default). Rows must be multiples of 16 bytes, as descriptors want.
 # Sources: ReLU^2 is that of Primer (arXiv 2109.08668); delayed scaling is that of NVIDIA's Transformer Engine.
 
 # (BM, BN, BK, GROUP, stages, warps) by the bytes of an operand's element: large tiles for the fewest loads.
@@ -575,8 +565,7 @@ def _check_relu_square(a, w, post, *scales) -> torch.dtype:
 
 
 @torch.no_grad()
-def relu_square_reference(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor | None = None,
-                          out_scale: Tensor | None = None, transposed: bool = False) -> list[Tensor]:
+def relu_square_reference(a, w, post=None, scale=None, out_scale=None, transposed=False) -> list[Tensor]:
     dtype, forward = _check_relu_square(a, w, post, scale, out_scale), post is None
     a, w = (t if t.dtype == torch.float64 else t.float() for t in (a, w))
     product = a @ w.t() * (1 if scale is None else scale)
@@ -648,8 +637,7 @@ HOPPER_LAYOUT = None if gluon is PLAIN else gl.NVMMASharedLayout.get_default_for
 def _hopper_corner(tile, w):
     """First row and column of a tile; tiles go column by column through HOPPER_ROWS rows of tiles."""
     across = gl.cdiv(w.shape[0], HOPPER_BN) * HOPPER_ROWS
-    return ((tile // across * HOPPER_ROWS + tile % HOPPER_ROWS) * HOPPER_BM,
-            tile % across // HOPPER_ROWS * HOPPER_BN)
+    return (tile // across * HOPPER_ROWS + tile % HOPPER_ROWS) * HOPPER_BM, tile % across // HOPPER_ROWS * HOPPER_BN
 
 
 @gluon.jit
@@ -681,8 +669,7 @@ def _hopper_multiply(GROUP: gl.constexpr, ring, turns, g, w, post, dpre, tiles):
     hopper.mbarrier.init(loaded, count=1)
     hopper.fence_async_shared()
     steps = gl.cdiv(w.shape[1], HOPPER_BK)
-    step = GROUP * steps
-    turn = 0
+    step, turn = GROUP * steps, 0
     for tile in range(gl.program_id(0) + GROUP * gl.num_programs(0), tiles, 2 * gl.num_programs(0)):
         row, col = _hopper_corner(tile, w)
         hopper.tma.store_wait(0)  # the outputs of the tile before have left
@@ -715,8 +702,7 @@ def _hopper_multiply(GROUP: gl.constexpr, ring, turns, g, w, post, dpre, tiles):
 
 @gluon.jit
 def _hopper_relu_square_backward(g, w, post, dpre):
-    """Barriers: full and empty, one for each stage of the ring; turns, at which a group may begin its products, which
-    keeps the two in the order of the ring."""
+    """Barriers: full and empty, for each stage of the ring; turns, by which the groups' products keep its order."""
     g_ring = gl.allocate_shared_memory(gl.bfloat16, [HOPPER_STAGES, HOPPER_BM, HOPPER_BK], g.layout)
     w_ring = gl.allocate_shared_memory(gl.bfloat16, [HOPPER_STAGES, HOPPER_BN, HOPPER_BK], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [HOPPER_STAGES, 1], hopper.mbarrier.MBarrierLayout())
@@ -735,10 +721,6 @@ def _hopper_relu_square_backward(g, w, post, dpre):
         (_hopper_multiply, (1, ring, turns, g, w, post, dpre, tiles)),
         (_hopper_load, (g, w, ring, tiles)),
     ], [4, 1], [240, 24])  # warps and registers of the second and third; the first gets 240 of maxnreg's 3 * 168
-
-
-def _is_hopper(x: Tensor) -> bool:
-    return gluon is not PLAIN and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == 9
 
 
 def _relu_square_outputs(a, w, post=None, scale=None, out_scale=None, transposed=False) -> list[Tensor | None]:
@@ -764,7 +746,8 @@ def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor 
     if a.itemsize > 4 or (a.itemsize == 4 and out8 is not None):
         raise ValueError(f"the kernel has no {a.dtype} operands{' for FP8 outputs' * (a.itemsize == 4)}: convert them.")
     _bind_context(a)
-    if out8 is None and post is not None and scale is None and a.dtype == torch.bfloat16 and _is_hopper(a):
+    if (out8 is None and post is not None and scale is None and a.dtype == torch.bfloat16 and a.is_cuda
+            and gluon is not PLAIN and torch.cuda.get_device_capability(a.device)[0] == 9):
         descriptors = (HopperDescriptor.from_tensor(t, HOPPER_BLOCK, HOPPER_LAYOUT) for t in (a, w, post, out))
         _hopper_relu_square_backward[(_multiprocessors(a),)](*descriptors, num_warps=4, maxnreg=168)
         return [out]
@@ -809,7 +792,6 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 # --- Softcapped, multi-token cross-entropy with its gradient ----------------------------------------------------------
 #     z = 23 * sigmoid((logit + 5) / 7.5)        losses_i = sum_k weights_k * (logsumexp_j z_ij - z_i[targets_{i+k}])
 #                                                         + weights_K * (logsumexp_j z_ij - z_i[prefix_i])
-#
 # logits  (T, V)  bf16, fp16 or fp32 (the reference also float64), contiguous    the model's raw output
 # targets (T,)    int32 or int64, each in [-1, V), which is not checked          targets_i: the token after token i
 # prefix  (T,)    the same, or None: then its term and its weight are left out   one more target of each row
@@ -819,15 +801,12 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 # grad_t  (V, T)  grad transposed, contiguous; (0, 0) unless both_layouts        FP8 products want the inner axis so
 #
 # Terms with a target of -1, or with i + k >= T, are left out: so the loss over a sample of the vocabulary is this one,
-# of the sample's columns and candidate_positions(targets, ...). No output is differentiable again: grad goes into the
-# backward pass of what made the logits. A shape, layout, device or dtype not listed here raises ValueError. bf16 logits
-# go through the GPU's tanh: its relative error, 2^-11, is below their own, 2^-9. Other logits keep fp32's accuracy.
-#
+# of the sample's columns and candidate_positions(targets, ...). grad goes into the backward pass of what made the
+# logits. bf16 logits go through the GPU's tanh, of a relative error, 2^-11, below their own, 2^-9; others keep fp32's.
 # Sources: the softcap of Gemma 2 (arXiv 2408.00118), a sigmoid in modded-nanogpt's record #54; multi-token prediction
 # (Gloeckle et al. 2024, 2404.19737) by one output head, #53; loss and gradient in one kernel, #60 and #79.
 
-CAP, SHIFT, WIDTH = 23.0, 5.0, 7.5
-MAX_TARGETS = 4
+CAP, SHIFT, WIDTH, MAX_TARGETS = 23.0, 5.0, 7.5, 4
 
 
 def _check_cross_entropy(logits, targets, weights, prefix, *dtypes: torch.dtype) -> None:
@@ -841,9 +820,8 @@ def _check_cross_entropy(logits, targets, weights, prefix, *dtypes: torch.dtype)
 
 
 @torch.no_grad()
-def softcapped_cross_entropy_reference(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
-                                       grad_dtype: torch.dtype, prefix: Tensor | None = None,
-                                       both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, grad_dtype, prefix=None,
+                                       both_layouts=False) -> tuple[Tensor, Tensor, Tensor]:
     _check_cross_entropy(logits, targets, weights, prefix, *FLOATS, torch.float64)
     (tokens, vocab), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
     terms = len(weights) - (prefix is not None)
@@ -915,10 +893,7 @@ def _loss_power_and_slope(logits, FAST: tl.constexpr):
 def _loss_stored(grad, DTYPE: tl.constexpr, FAST: tl.constexpr):
     """grad as DTYPE, clamped where that is e5m2; FAST: by one instruction for 2 values, which clamps by itself."""
     if DTYPE == tl.float8e5 and FAST:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e5m2x2.f32 low, $2, $1; "
-            "cvt.rn.satfinite.e5m2x2.f32 high, $4, $3; mov.b32 $0, {low, high}; }",
-            "=r,f,f,f,f", [grad], tl.float8e5, False, 4)
+        return tl.inline_asm_elementwise(E5M2_WORD, "=r,f,f,f,f", [grad], tl.float8e5, False, 4)
     elif DTYPE == tl.float8e5:
         grad = tl.clamp(grad, -LOSS_E5M2_MAX, LOSS_E5M2_MAX, propagate_nan=tl.PropagateNan.ALL)
     return grad.to(DTYPE)
@@ -1059,13 +1034,11 @@ def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tens
 #     gram(x) = x x' (R <= C) or x' x (R > C)            gram(x, b, c) = b x + c x x', for a symmetric x
 #     orthogonalise(g):   x = g / (1.02 ||g||_F + 1e-6),   then for the a, b, c of each of five rounds
 #         step = gram(gram(x), b, c),   x = a x + step x (R <= C) or a x + x step (R > C)
-#
 # x, g    (N, R, C)  bf16, fp16 or fp32 (the reference also float64), contiguous    N matrices of one shape
 # results of the arguments' dtype; sums in fp32, and gram, step and x are rounded to that dtype between the products
 #
 # Of a symmetric product only the tiles on and below the diagonal are computed, each stored twice. ||g||^2 is the trace
-# of g's own Gram matrix, and the first step makes up for the scale: so ||g||_F must be below 1e9. Nothing here is
-# differentiable. A shape, layout or dtype not listed here raises ValueError.
+# of g's own Gram matrix, and the first step makes up for the scale: so ||g||_F must be below 1e9.
 # Sources: Muon (K. Jordan et al. 2024); Polar Express (arXiv 2505.16932), five rounds, safety factor 1.02.
 
 POLAR_EXPRESS = (
@@ -1073,8 +1046,7 @@ POLAR_EXPRESS = (
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
 def _check_matrices(name: str, x: Tensor, *dtypes: torch.dtype, square: bool = False) -> None:
@@ -1121,8 +1093,7 @@ def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, 
     ks = tl.arange(0, BK)
     left_ptrs = x_ptr + rows * m + ks[None, :] * k
     right_ptrs = x_ptr + ks[:, None] * k + cols * m
-    inside = None if EVEN else (rows < S) & (cols < S)
-    other = None if EVEN else 0.0
+    inside, other = (None, None) if EVEN else ((rows < S) & (cols < S), 0.0)
     if POLYNOMIAL:  # loaded before the sum, which hides its latency
         own = tl.load(x_ptr + rows * S + cols, mask=inside)
         if TRACE:
@@ -1150,10 +1121,9 @@ def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, 
 def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> Tensor:
     """gram(x), or with the factors a, b, c their polynomial in x."""
     (count, rows, cols), short = x.shape, min(x.shape[1:])
+    bm, bn, bk, stages, warps = (64, 32, 128, 5, 4) if short <= 256 else (128, 64, 64, 5, 8)
     if not x.is_cuda or x.dtype == torch.float32:
         bm, bn, bk, stages, warps = 32, 16, 32, 2, 4
-    else:
-        bm, bn, bk, stages, warps = (64, 32, 128, 5, 4) if short <= 256 else (128, 64, 64, 5, 8)
     out, blocks = x.new_empty(count, short, short), triton.cdiv(short, bm)
     even = all(size % side == 0 for size in (rows, cols) for side in (bm, bk))
     _symmetric_product[(bm // bn * (blocks * (blocks + 1) // 2), count)](
@@ -1165,7 +1135,6 @@ def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> 
 # In bf16 only: fp16 is for the tests, very small matrices overflow in it.
 @operation(gram_reference, outputs=lambda x, *_: x.new_empty(len(x), *[min(x.shape[1:])] * 2), dtypes=(torch.bfloat16,))
 def gram(x: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
-    """As defined above."""
     polynomial = (b, c) != (0, 1)
     _check_matrices("x", x, *FLOATS, square=polynomial)
     return _run_symmetric_product(x, *(0.0, b, c) * polynomial)
@@ -1185,21 +1154,13 @@ def orthogonalise(g: Tensor) -> Tensor:
 # --- Transposes: a copy, an addition in place, quantised to FP8 both ways ---------------------------------------------
 #     transpose_copy:  out = src'           transpose_add_:  dst += src'
 #     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q',  amax = max |x|, one per matrix
-#
 # src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
 # out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src
 # x     (M, N) or (B, M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
 # q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2
 # scale ()  or, with a batch, (B,): fp32, in the device's memory      amax  () or (B,) fp32; NaN where x has one
-#
-# None of the three is differentiable.
 
 TURN_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
-# Four floats to a word of FP8. Written out, because Triton 3.6 writes wrong bytes when those of such a conversion are
-# picked apart and packed anew. The interpreter knows no PTX: there, _quantize_transpose packs.
-TURN_WORD = None if INTERPRETED else (
-    "{{ .reg .b16 low, high; cvt.rn.satfinite.{0}x2.f32 low, $2, $1; "
-    "cvt.rn.satfinite.{0}x2.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}")
 
 
 def _check_turn(src: Tensor, dst: Tensor | None = None, dtypes: Sequence[torch.dtype] | None = None) -> None:
@@ -1279,7 +1240,7 @@ def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, amax_ptr, M, N, scale_st
         x = tl.clamp(x * inverse, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         tl.store(q_ptr + src + r * N, x.to(DTYPE).to(tl.uint8, bitcast=True), mask=src_inside)
         parts = parts + (x,)
-    if ASM is not None:
+    if ASM is not None:  # None: the interpreter, which runs no PTX
         word = tl.inline_asm_elementwise(ASM, "=r,r,r,r,r", parts, tl.uint32, is_pure=True, pack=1)
     else:
         word = tl.zeros([BM, BN], tl.uint32)
@@ -1297,7 +1258,6 @@ def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
 
 @operation(transpose_copy_reference, outputs=lambda src: src.new_empty(src.shape[::-1]))
 def transpose_copy(src: Tensor) -> Tensor:
-    """src' as defined above."""
     _check_turn(src)
     if src.itemsize not in TURN_UNSIGNED:
         raise ValueError(f"src is {src.dtype}: its elements must have 1, 2 or 4 bytes.")
@@ -1308,7 +1268,6 @@ def transpose_copy(src: Tensor) -> Tensor:
 
 @operation(transpose_add_reference_, outputs=lambda dst, src: None, changes=("dst",))
 def transpose_add_(dst: Tensor, src: Tensor) -> None:
-    """dst += src' as defined above."""
     _check_turn(src, dst, (torch.bfloat16, torch.float32))
     _turn(src, dst, 1, True)
 
@@ -1327,7 +1286,7 @@ def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Te
     _quantize_transpose[triton.cdiv(m // 4, bm) * triton.cdiv(n, bn), x.numel() // (m * n)](
         x, scale, q.view(torch.uint8), q_t.view(torch.uint32), amax.view(torch.int32), m, n, scale.ndim,
         DTYPE=tl.float8e4nv if e4m3 else tl.float8e5, LIMIT=torch.finfo(dtype).max,
-        ASM=TURN_WORD and TURN_WORD.format("e4m3" if e4m3 else "e5m2"), BM=bm, BN=bn, num_warps=4)
+        ASM=None if INTERPRETED else (E4M3_WORD if e4m3 else E5M2_WORD).value, BM=bm, BN=bn, num_warps=4)
     return q, q_t, amax
 
 
@@ -1343,7 +1302,7 @@ CAPABILITIES = {
     "orthogonalise": ((9, 0), (10, 0), orthogonalise, orthogonalise_reference),
     "quantize_transpose": ((8, 9), (13, 0), quantize_transpose, quantize_transpose_reference),
 }
-Kernels = namedtuple("Kernels", CAPABILITIES)  # the function that a run uses for each operation; `choose` makes it
+Kernels = NamedTuple("Kernels", [(name, Callable) for name in CAPABILITIES])  # a run's functions, made by `choose`
 
 
 def choose(capability: tuple[int, int], dtype: torch.dtype, mode: str = "auto") -> tuple[Kernels, dict[str, str]]:
