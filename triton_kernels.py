@@ -45,10 +45,9 @@ def kernels_available(device: torch.device | str) -> bool:
 
 
 def operation(reference: Callable, outputs: Callable, dtypes: Sequence[torch.dtype] = (), changes: Sequence[str] = ()):
-    """Decorates the function NAME that launches an operation's kernels. NAME.kernel becomes an operator, opaque to
-    torch.compile, with results like those of `outputs`, that writes to its arguments `changes`; NAME, not
-    differentiable, that operator where it runs and the first argument has one of `dtypes` (or they are none), else
-    `reference`."""
+    """Decorates the function NAME that launches an operation's kernels. NAME.kernel becomes an operator, which
+    torch.compile takes whole, with results like those of `outputs`, writing to its arguments `changes`. NAME is it
+    where it runs and the first argument has one of `dtypes`, if any, else `reference`; it is not differentiable."""
     def decorate(launch: Callable) -> Callable:
         operator = torch.library.custom_op(f"speedrun::{launch.__name__}", launch, mutates_args=changes)
         operator.register_fake(outputs)
@@ -82,8 +81,7 @@ def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: Sequence[t
 
 
 def _bind_context(x: Tensor) -> None:
-    """Before a launch with tensor descriptors: Triton 3.6 makes them without a CUDA context in a thread, such as
-    autograd's, that has not called the runtime yet. Any call binds the context; this one does nothing else."""
+    """Triton 3.6 makes descriptors without a CUDA context in a new thread, such as autograd's: any call binds one."""
     if x.is_cuda:
         torch.cuda.is_current_stream_capturing()
 
@@ -187,7 +185,7 @@ def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_ga
             _expect(name, x, x.shape == shape, shape, (x.dtype,), qkv.device)
 
 
-# Tiles as measured on an H200 at widths of 128: two programs of 4 warps share a multiprocessor, so one's softmax runs
+# Measured on an H200 at widths of 128: two programs of 4 warps, the default, share a multiprocessor: one's softmax runs
 # beside the other's products. Wider tiles, 8 warps, and loops split into masked and unmasked parts were all slower.
 TILE, SMALL_WINDOW = 64, 128
 TO_LOG2, NORM_EPS = tl.constexpr(1.4426950408889634), tl.constexpr(1.1920928955078125e-07)  # the latter F.rms_norm's
@@ -434,8 +432,8 @@ def _attention_plan(qkv, prepared, heads, width, v_width, paired):
     parts, widths = 1 + paired, (width, width, v_width)
     rows, raw = len(qkv) * parts, qkv.split([heads * w for w in widths], dim=1)
     whole = [x.view(rows, -1) if x.numel() else y for x, y in zip(prepared, raw, strict=True)]
-    shape = dict(HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width)
-    return rows, (heads // parts, triton.cdiv(rows, TILE)), shape, lambda *sizes: [
+    dims = dict(HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width)
+    return rows, (heads // parts, triton.cdiv(rows, TILE)), dims, lambda *sizes: [
         TensorDescriptor.from_tensor(x, [n, w]) for x, n, w in zip(whole, sizes, widths, strict=True)]
 
 
@@ -447,17 +445,17 @@ def _attention(qkv: Tensor, first: Tensor, last: Tensor, heads: int, width: int,
     """out, log2 of the softmax's sums, and q, k, v as prepared (empty where the packed rows serve as they are)."""
     out, lse, *prepared = _attention_outputs(qkv, first, last, heads, width, v_width, window, scale, cos, sin, gate,
                                              value, value_gate, paired, key_offset)
-    rows, grid, shape, tiles = _attention_plan(qkv, prepared, heads, width, v_width, paired)
+    rows, grid, dims, tiles = _attention_plan(qkv, prepared, heads, width, v_width, paired)
     sections = [i for i, x in enumerate(prepared) if x.numel()]
     if sections:
         _attention_prepare[triton.cdiv(len(qkv), 16), len(sections) * heads](
             qkv, *prepared, cos, sin, value, value_gate, len(qkv), OFFSET=key_offset, FIRST=sections[0], num_warps=8,
-            **shape)
+            **dims)
     keys = TILE // 2 if window <= SMALL_WINDOW else TILE
     _attention_forward[grid](
         *tiles(TILE, keys, keys), TensorDescriptor.from_tensor(out.view(rows, -1), [TILE, v_width]), gate, lse, first,
-        rows, lse.size(1), window, scale, BOUNDED=cos is not None and scale * width < 40, KEYS=keys, num_warps=4,
-        num_stages=3, **shape)
+        rows, lse.size(1), window, scale, BOUNDED=cos is not None and scale * width < 40, KEYS=keys,
+        num_stages=3, **dims)
     return out, lse, *prepared
 
 
@@ -482,18 +480,17 @@ def _attention_backward(dout: Tensor, qkv: Tensor, gate: Tensor | None, first: T
                         v: Tensor, heads: int, width: int, v_width: int, window: int, scale: float, paired: bool,
                         key_offset: bool) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and of the gate (empty without one)."""
-    rows, grid, shape, tiles = _attention_plan(qkv, (q, k, v), heads, width, v_width, paired)
+    rows, grid, dims, tiles = _attention_plan(qkv, (q, k, v), heads, width, v_width, paired)
     dqkv, delta, dk = torch.empty_like(qkv), torch.empty_like(lse), torch.empty_like(k) if key_offset else None
     out, dout = (TensorDescriptor.from_tensor(x.contiguous().view(rows, -1), [TILE, v_width]) for x in (out, dout))
     _attention_dq[grid](
         *tiles(TILE, TILE // 2, TILE // 2), out, dout, gate, lse, delta, first, qkv, dqkv, cos, sin, rows, lse.size(1),
-        window, scale, num_warps=4, num_stages=2 if window <= SMALL_WINDOW else 4, **shape)
+        window, scale, num_stages=2 if window <= SMALL_WINDOW else 4, **dims)
     sums = (TensorDescriptor.from_tensor(x[:, :rows], [1, TILE]) for x in (lse, delta))
     _attention_dkdv[grid](
-        *tiles(TILE, TILE, TILE), dout, *sums, last, qkv, dqkv, dk, cos, sin, rows, window, scale, num_warps=4,
-        num_stages=2, **shape)
+        *tiles(TILE, TILE, TILE), dout, *sums, last, qkv, dqkv, dk, cos, sin, rows, window, scale, num_stages=2, **dims)
     if key_offset:
-        _attention_offset_dk[triton.cdiv(len(qkv), 16), heads](dk, qkv, dqkv, cos, sin, len(qkv), num_warps=4, **shape)
+        _attention_offset_dk[triton.cdiv(len(qkv), 16), heads](dk, qkv, dqkv, cos, sin, len(qkv), **dims)
     dgate = qkv.new_empty(0) if gate is None else delta[:, :rows].t().reshape(gate.shape).to(gate.dtype).contiguous()
     return dqkv, dgate
 
@@ -754,8 +751,7 @@ def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor 
     bm, bn, bk, group, stages, warps = RELU_SQUARE_TILES[a.itemsize]
     stages -= post is not None  # post needs the shared memory of one on its way to the products' layout
     tiled = TensorDescriptor.from_tensor
-    # The GPU's conversions saturate, the interpreter's do not.
-    limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX
+    limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX  # the GPU's conversions saturate by themselves
     _relu_square_tiles[(_multiprocessors(a),)](
         tiled(a, [bm, bk]), tiled(w, [bn, bk]), post, None if out is None else tiled(out, [bm, bn // 4]), out8,
         scale, out_scale, amax, len(a), *w.shape, limit, bm, bn, bk, group, num_stages=stages, num_warps=warps)
