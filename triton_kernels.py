@@ -2,10 +2,8 @@
 
 A section has its equation, shapes, dtypes and sources; NAME_reference, of the same arguments; the kernels; and NAME,
 its public function. A shape, layout, device or dtype that a section does not list raises ValueError. `choose`, the last
-section, picks a run's functions for its GPU. Measured times: records/NOTES.md.
-
-The file imports where Triton cannot be imported. Under TRITON_INTERPRET=1 (set before triton is first imported) the
-operators take CPU tensors; that is how the tests run them without a GPU.
+section, picks a run's functions for its GPU. Measured times: records/NOTES.md. The file imports without Triton. Under
+TRITON_INTERPRET=1, set before triton is first imported, the operators take CPU tensors, for tests without a GPU.
 """
 
 import functools
@@ -177,10 +175,9 @@ def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_ga
         raise ValueError("key_offset shifts the channels that do not rotate: pass cos and sin.")
     tokens, rows = len(qkv), len(qkv) * (1 + paired)
     cos, sin = (x if x is None else x[:rows] for x in (cos, sin))  # they may be longer
-    for name, x, shape in (
-            ("qkv", qkv, (tokens, heads * (2 * width + v_width))), ("gate", gate, (tokens, heads)),
-            ("value", value, (tokens, heads * v_width)), ("value_gate", value_gate, (tokens, heads)),
-            ("the start of cos", cos, (rows, width // 4)), ("the start of sin", sin, (rows, width // 4))):
+    for name, x, shape in (("qkv", qkv, (tokens, heads * (2 * width + v_width))), ("gate", gate, (tokens, heads)),
+                           ("value", value, (tokens, heads * v_width)), ("value_gate", value_gate, (tokens, heads)),
+                           ("start of cos", cos, (rows, width // 4)), ("start of sin", sin, (rows, width // 4))):
         if x is not None:
             _expect(name, x, x.shape == shape, shape, (x.dtype,), qkv.device)
 
@@ -301,8 +298,7 @@ def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, firs
     full_from = tl.maximum(tl.load(first_ptr + (end - 1) // PARTS) * PARTS, end - 1 - window)
     slope = scale * TO_LOG2
     q = q_desc.load([row0, head * WIDTH])
-    total = tl.zeros([ROWS], tl.float32)
-    top = tl.full([ROWS], -1e30, tl.float32)
+    total, top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -1e30, tl.float32)
     acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
     for key0 in tl.range(start, end, KEYS):
         k = k_desc.load([key0, head * WIDTH])
@@ -333,9 +329,8 @@ def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, firs
 
 @jit
 def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr, delta_ptr, first_ptr, qkv_ptr,
-                  grad_ptr, cos_ptr, sin_ptr, T, padded, window, scale, HEADS: tl.constexpr,
-                  PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr = TILE,
-                  KEYS: tl.constexpr = TILE // 2):
+                  grad_ptr, cos_ptr, sin_ptr, T, padded, window, scale, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+                  HEADS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr = TILE, KEYS: tl.constexpr = TILE // 2):
     """One program: the gradients of ROWS queries of one head and of their gates, delta = sum of dout * out / gate."""
     head, row0 = tl.program_id(0), tl.program_id(1) * ROWS
     rows = row0 + tl.arange(0, ROWS)
@@ -344,8 +339,7 @@ def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr
     start = tl.maximum(tl.load(first_ptr + row0 // PARTS) * PARTS, row0 - window)
     slope = scale * TO_LOG2
     q = q_desc.load([row0, head * WIDTH])
-    dout = dout_desc.load([row0, head * V_WIDTH])
-    out = out_desc.load([row0, head * V_WIDTH])
+    dout, out = dout_desc.load([row0, head * V_WIDTH]), out_desc.load([row0, head * V_WIDTH])
     lse = tl.load(lse_ptr + head * padded + rows, mask=inside, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if gate_ptr is not None:
@@ -354,8 +348,7 @@ def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr
     tl.store(delta_ptr + head * padded + rows, delta, mask=inside)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for key0 in tl.range(start, tl.minimum(row0 + ROWS, T), KEYS):
-        k = k_desc.load([key0, head * WIDTH])
-        v = v_desc.load([key0, head * V_WIDTH])
+        k, v = k_desc.load([key0, head * WIDTH]), v_desc.load([key0, head * V_WIDTH])
         scores = tl.dot(q, k.T, input_precision="ieee")
         dp = tl.dot(dout, v.T, input_precision="ieee")
         keys = key0 + tl.arange(0, KEYS)
@@ -380,15 +373,11 @@ def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, las
     final = tl.minimum(key0 + KEYS, T) - 1
     end = tl.minimum(tl.load(last_ptr + final // PARTS) * PARTS, final + window + 1)
     slope = scale * TO_LOG2
-    k = k_desc.load([key0, head * WIDTH])
-    v = v_desc.load([key0, head * V_WIDTH])
-    dk = tl.zeros([KEYS, WIDTH], tl.float32)
-    dv = tl.zeros([KEYS, V_WIDTH], tl.float32)
+    k, v = k_desc.load([key0, head * WIDTH]), v_desc.load([key0, head * V_WIDTH])
+    dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, V_WIDTH], tl.float32)
     for row0 in tl.range(key0, end, ROWS):
-        q = q_desc.load([row0, head * WIDTH])
-        dout = dout_desc.load([row0, head * V_WIDTH])
-        lse = lse_desc.load([head, row0])  # rows past the end read as 0, like theirs of q and dout
-        delta = delta_desc.load([head, row0])
+        q, dout = q_desc.load([row0, head * WIDTH]), dout_desc.load([row0, head * V_WIDTH])
+        lse, delta = lse_desc.load([head, row0]), delta_desc.load([head, row0])  # 0 past the end, like q and dout
         rows = row0 + tl.arange(0, ROWS)
         scores = tl.dot(k, q.T, input_precision="ieee")
         seen = _within(rows[None, :] - keys[:, None], (highest - keys)[:, None])
@@ -751,7 +740,7 @@ def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor 
     bm, bn, bk, group, stages, warps = RELU_SQUARE_TILES[a.itemsize]
     stages -= post is not None  # post needs the shared memory of one on its way to the products' layout
     tiled = TensorDescriptor.from_tensor
-    limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX  # the GPU's conversions saturate by themselves
+    limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX  # the GPU's conversions saturate anyway
     _relu_square_tiles[(_multiprocessors(a),)](
         tiled(a, [bm, bk]), tiled(w, [bn, bk]), post, None if out is None else tiled(out, [bm, bn // 4]), out8,
         scale, out_scale, amax, len(a), *w.shape, limit, bm, bn, bk, group, num_stages=stages, num_warps=warps)
@@ -977,8 +966,7 @@ def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_pt
     loss = weight_sum * tl.log(total)
     for k in tl.static_range(TERMS):
         target = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS).to(tl.int64)
-        found = target >= 0
-        offsets = rows.to(tl.int64) * V + target
+        found, offsets = target >= 0, rows.to(tl.int64) * V + target
         sig, rest = _loss_sigmoid_and_rest(tl.load(logits_ptr + offsets, mask=found, other=0.0))
         loss += tl.where(found, tl.load(weights_ptr + k) * rest * LOSS_CAP, 0.0)
         # All of a row's terms with this target write the same.
@@ -1037,7 +1025,7 @@ def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tens
 # of g's own Gram matrix, and the first step makes up for the scale: so ||g||_F must be below 1e9.
 # Sources: Muon (K. Jordan et al. 2024); Polar Express (arXiv 2505.16932), five rounds, safety factor 1.02.
 
-POLAR_EXPRESS = (
+POLAR_EXPRESS = (  # a, b, c of each round
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
@@ -1070,9 +1058,8 @@ def orthogonalise_reference(g: Tensor) -> Tensor:
 
 
 @jit
-def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, TRACE: tl.constexpr,
-                       TALL: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                       STAGES: tl.constexpr):
+def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, TRACE: tl.constexpr, TALL: tl.constexpr,
+                       EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """One tile of gram(x), or where POLYNOMIAL of a * 1 + b x + c x x', of one matrix: a tile of the BM x BM blocks on
     and below the diagonal, BN dividing BM, stored twice. TRACE, not 0: x is a Gram matrix of at most TRACE rows, and
     a, b, c are for x over (1.02 ||g||_F + 1e-6)^2, its trace being ||g||_F^2. EVEN: no tile juts out."""
@@ -1228,8 +1215,7 @@ def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, amax_ptr, M, N, scale_st
     batch = tl.program_id(1).to(tl.int64)
     src += batch * M * N
     inverse = tl.div_rn(1.0, tl.load(scale_ptr + batch * scale_step))
-    bits = tl.zeros([BM, BN], tl.int32)
-    parts = ()
+    bits, parts = tl.zeros([BM, BN], tl.int32), ()
     for r in tl.static_range(4):
         x = tl.load(x_ptr + src + r * N, mask=src_inside, other=0.0).to(tl.float32)
         bits = tl.maximum(bits, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # ordered as |x|, a NaN above all
