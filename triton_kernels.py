@@ -969,11 +969,10 @@ def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_pt
         found, offsets = target >= 0, rows.to(tl.int64) * V + target
         sig, rest = _loss_sigmoid_and_rest(tl.load(logits_ptr + offsets, mask=found, other=0.0))
         loss += tl.where(found, tl.load(weights_ptr + k) * rest * LOSS_CAP, 0.0)
-        # All of a row's terms with this target write the same.
         weight = _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, target, TERMS)
         grad = (weight_sum * tl.exp2(rest * LOSS_DROP) / total - weight) * (grad_scale * LOSS_STEEPNESS) * sig * rest
         grad = _loss_stored(grad, grad_ptr.dtype.element_ty, False)
-        tl.store(grad_ptr + offsets, grad, mask=found)
+        tl.store(grad_ptr + offsets, grad, mask=found)  # all of a row's terms with this target write the same
         if BOTH:
             tl.store(grad_t_ptr + target * T + rows, grad, mask=found)
     tl.store(losses_ptr + rows, loss, mask=rows < T)
@@ -989,7 +988,7 @@ def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix=None,
 def softcapped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
                              grad_dtype: torch.dtype, prefix: Tensor | None = None,
                              both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses, grad, grad_t) as defined above."""
+    """(losses, grad, grad_t): each row's loss, grad_scale times its gradient by the logits, and that transposed."""
     _check_cross_entropy(logits, targets, weights, prefix, *FLOATS)
     if grad_dtype not in (*FLOATS, torch.float8_e5m2):
         raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*FLOATS, torch.float8_e5m2)}.")
@@ -1118,6 +1117,7 @@ def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> 
 # In bf16 only: fp16 is for the tests, very small matrices overflow in it.
 @operation(gram_reference, outputs=lambda x, *_: x.new_empty(len(x), *[min(x.shape[1:])] * 2), dtypes=(torch.bfloat16,))
 def gram(x: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
+    """x x' or, where x is tall, x' x; with b and c b x + c x x', for symmetric x."""
     polynomial = (b, c) != (0, 1)
     _check_matrices("x", x, *FLOATS, square=polynomial)
     return _run_symmetric_product(x, *(0.0, b, c) * polynomial)
@@ -1155,8 +1155,8 @@ def _check_turn(src: Tensor, dst: Tensor | None = None, dtypes: Sequence[torch.d
 def _check_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
     whole = x.ndim in (2, 3) and 0 not in x.shape and x.shape[-2] % 16 == x.shape[-1] % 16 == 0
     _expect("x", x, whole, "(M, N) or (B, M, N), M and N multiples of 16", FLOATS)
-    _expect("scale", scale, scale.shape in ((), x.shape[:-2]), "() or one for each matrix of x", (torch.float32,),
-            x.device)
+    fits = scale.shape in ((), x.shape[:-2])
+    _expect("scale", scale, fits, "() or one for each matrix of x", (torch.float32,), x.device)
     if dtype not in (E4M3, E5M2):
         raise ValueError(f"dtype is {dtype}: pass {E4M3} or {E5M2}.")
 
@@ -1240,6 +1240,7 @@ def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
 
 @operation(transpose_copy_reference, outputs=lambda src: src.new_empty(src.shape[::-1]))
 def transpose_copy(src: Tensor) -> Tensor:
+    """src', contiguous."""
     _check_turn(src)
     if src.itemsize not in TURN_UNSIGNED:
         raise ValueError(f"src is {src.dtype}: its elements must have 1, 2 or 4 bytes.")
@@ -1250,6 +1251,7 @@ def transpose_copy(src: Tensor) -> Tensor:
 
 @operation(transpose_add_reference_, outputs=lambda dst, src: None, changes=("dst",))
 def transpose_add_(dst: Tensor, src: Tensor) -> None:
+    """dst += src'."""
     _check_turn(src, dst, (torch.bfloat16, torch.float32))
     _turn(src, dst, 1, True)
 
@@ -1261,7 +1263,7 @@ def _quantize_outputs(x, scale, dtype):
 
 @operation(quantize_transpose_reference, outputs=_quantize_outputs)
 def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, q_t, amax) as defined above."""
+    """(q, q_t, amax): x / scale in FP8, saturated, the same transposed, and each matrix's max |x|."""
     _check_quantize(x, scale, dtype)
     q, q_t, amax = _quantize_outputs(x, scale, dtype)
     (m, n), (bm, bn), e4m3 = x.shape[-2:], (16, 128), dtype == E4M3
