@@ -100,7 +100,6 @@ class Stage(NamedTuple):
     long: int
     lr: float                     # learning rate multiplier before the cooldown
     mtp: tuple[tuple[float, ...], tuple[float, ...]]  # multi-token weights at the stage's start and end
-    tied: bool                    # embedding and head are one table
 
 
 class Param(NamedTuple):
@@ -126,10 +125,10 @@ GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=377
     Layer("long", key_offset=True, value_embed=True, reads=7, mixes=7),
 ))
 GPT2_STAGES = (
-    Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0)), tied=True),
-    Stage(2 / 3, 262_144, 2048, 384, 896, 1.52, ((1, .5), (1, 0)), tied=True),
-    Stage(1, 393_216, 2048, 640, 1408, 1.73, ((1,), (1,)), tied=False),
-    Stage(2, 393_216, 2048, 768, 1664, 1.73, ((1,), (1,)), tied=False),
+    Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0))),
+    Stage(2 / 3, 262_144, 2048, 384, 896, 1.52, ((1, .5), (1, 0))),
+    Stage(1, 393_216, 2048, 640, 1408, 1.73, ((1,), (1,))),
+    Stage(2, 393_216, 2048, 768, 1664, 1.73, ((1,), (1,))),
 )
 SMOKE_SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=512, bigram_rows=8192, mix_groups=2, layers=(
     Layer("short", paired=True, value_embed=True),
@@ -138,10 +137,10 @@ SMOKE_SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=512, bigram_rows=8192
     Layer("short", value_embed=True, reads=1, mixes=1),
 ))
 SMOKE_STAGES = (
-    Stage(1 / 3, 1024, 96, 32, 64, 1.0, ((1, .5), (1, 0)), tied=True),
-    Stage(2 / 3, 1536, 192, 48, 96, 1.23, ((1,), (1,)), tied=True),
-    Stage(1, 2048, 256, 64, 128, 1.41, ((1,), (1,)), tied=False),
-    Stage(2, 2048, 256, 96, 192, 1.41, ((1,), (1,)), tied=False),
+    Stage(1 / 3, 1024, 96, 32, 64, 1.0, ((1, .5), (1, 0))),
+    Stage(2 / 3, 1536, 192, 48, 96, 1.23, ((1,), (1,))),
+    Stage(1, 2048, 256, 64, 128, 1.41, ((1,), (1,))),
+    Stage(2, 2048, 256, 96, 192, 1.41, ((1,), (1,))),
 )
 
 # Table order is the order in which gradients are reduced, parameters updated and gathered: each update runs while the
@@ -151,8 +150,7 @@ PARAMS = {
     "mlp_bank": Param("normuon", (1.0, 2.0), 1.0),  # up, down
     "value_embeds": Param("adam", (75.0,), 5.0, (.75, .95)),
     "bigram_embed": Param("adam", (75.0,), 5.0, (.75, .95)),
-    "head": Param("adam", (1.0,), 150.0, (.5, .95)),
-    "embed": Param("adam", (1.0,), 150.0, (.5, .95)),
+    "head": Param("adam", (1.0,), 150.0, (.5, .95)),  # also embeds the tokens
     "small": Param("adam", (1.0,), 1.0),  # packed; the rows of SMALL_PARAMS govern its parts
 }
 SMALL_PARAMS = {  # layers: L all, A attend, E embed values, N mix; H heads, G channels, S sources, M mix_dim, D dim
@@ -229,7 +227,7 @@ PRESETS = {
     "smoke": dict(shape=SMOKE_SHAPE, stages=SMOKE_STAGES, steps=72, extension=8, val_every=20, log_every=4,
                   val_tokens=8192, val_slice_tokens=512, final_window=224, momentum_warmup=30, momentum_cooldown=10,
                   train_files="data/local_text/local_train_*.bin", val_files="data/local_text/local_val_*.bin",
-                  fetch="python data/local_text.py", lr_adam=0.016),
+                  fetch="python data/local_text.py"),
 }
 
 
@@ -333,7 +331,6 @@ class View(NamedTuple):
     short: int      # window in tokens before the query
     long: int
     scale: float    # attention softmax scale
-    tied: bool      # tokens are embedded with the head's table
 
 
 def yarn(cfg: Config, stage: int) -> tuple[np.ndarray, float]:
@@ -354,7 +351,7 @@ def yarn(cfg: Config, stage: int) -> tuple[np.ndarray, float]:
 
 def stage_view(cfg: Config, stage: int, final: bool = False) -> View:
     row = cfg.stages[stage]
-    return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1], row.tied)
+    return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1])
 
 
 def rotary_tables(cfg: Config, stage: int, length: int, device, dtype) -> tuple[Tensor, Tensor]:
@@ -502,7 +499,6 @@ class GPT(nn.Module):
             "value_embeds": (len(shape.value_layers) * shape.vocab, shape.dim),
             "bigram_embed": (shape.bigram_rows, shape.dim),
             "head": (shape.vocab, shape.dim),
-            "embed": (shape.vocab, shape.dim),
         }
         for name, size in sizes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype)))
@@ -526,7 +522,6 @@ class GPT(nn.Module):
         for bank in (self.attn_bank, self.mlp_bank[::2]):  # the way down starts at zero
             fill(bank, bound=0.5 * (3 / self.shape.dim) ** 0.5)  # standard deviation 0.5 / sqrt(dim)
         fill(self.head, deviation=0.005)
-        self.embed.copy_(self.head)
         for table in self.value_embeds.split(self.shape.vocab):
             fill(table, deviation=0.01)
         small = unpack(self.small, self.small_shapes)
@@ -552,7 +547,7 @@ class GPT(nn.Module):
         networks = zip(small["mix_in"].unbind(), small["mix_out"].unbind(), strict=True)
         mixers = zip(small["layer_mix_in"].unbind(), small["layer_mix_out"].unbind(), strict=True)
 
-        x = F.embedding(tokens, self.head if view.tied else self.embed)
+        x = F.embedding(tokens, self.head)
         x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"])[:, None] * x[:-1]))
         x = x0 = rms_norm(x)
         bigram = bigram_vectors(tokens, self.bigram_embed, self.signs)
@@ -770,12 +765,6 @@ class Optimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name, state in self.state.items() for key, tensor in state.items()}
-
-    def untie(self) -> None:
-        """From here on embedding and head are two tables; they start with the same values and the same moments."""
-        self.params["embed"].data.copy_(self.params["head"].data)
-        for key, tensor in self.state["embed"].items():
-            tensor.copy_(self.state["head"][key])
 
     @torch.no_grad()
     def step(self, step: int) -> None:
@@ -1249,9 +1238,9 @@ class Trainer:
             torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
         wrap = compiler(self.compiled)
         self.slice_loss, self.hidden, self.token_losses = wrap(slice_loss), wrap(self.model.forward), wrap(token_losses)
-        self.stage, self.rotary, self.view = -1, None, None  # set by enter
         longest = max(*(stage.tokens // cfg.slices for stage in cfg.stages), cfg.val_slice_tokens)
-        self.rotary_rows = 2 * longest  # paired heads see two rows a token
+        self.rotary = [rotary_tables(cfg, stage, 2 * longest, world.device, self.dtype)  # paired heads: 2 rows a token
+                       for stage in range(len(cfg.stages))]
 
     def describe(self, plan: Plan) -> list[str]:
         """Batch arithmetic and what this machine switches, for the console and the log."""
@@ -1271,32 +1260,17 @@ class Trainer:
     def reset(self, seed: int) -> None:
         self.model.init_weights(seed)
         self.optimizer.reset()
-        self.stage = -1
-
-    def enter(self, step: int) -> int:
-        """Carries out what changes when a stage begins; returns the stage of the step."""
-        stage = stage_at(self.cfg, step)
-        if stage != self.stage:
-            tied = self.cfg.stages[stage].tied
-            if not tied and (self.stage < 0 or self.cfg.stages[self.stage].tied):
-                self.optimizer.untie()
-            self.rotary = rotary_tables(self.cfg, stage, self.rotary_rows, self.world.device, self.dtype)
-            self.stage, self.view = stage, stage_view(self.cfg, stage)
-        return stage
 
     def train_step(self, step: int, batches: list[Batch]) -> Tensor:
         """Forward, backward and update on this process's slices; returns its share of the loss, a device scalar in
         nats (the mean over tokens and multi-token weights)."""
-        stage = self.enter(step)
-        max_doc = self.cfg.stages[stage].max_doc
-        weights = mtp_weights(self.cfg, step)
-        # where the batch grows, gradients keep the first stage's size, so that Adam's moments carry over
-        scale = self.cfg.stages[0].tokens / (self.cfg.stages[stage].tokens * self.cfg.slices)
+        stage, weights = stage_at(self.cfg, step), mtp_weights(self.cfg, step)
+        view, max_doc = stage_view(self.cfg, stage), self.cfg.stages[stage].max_doc
         on_device = torch.tensor(weights).to(self.world.device, non_blocking=True)
         total = 0.0
         for batch in batches:
-            loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary, self.view, on_device, self.fp8)
-            (loss * scale).backward()
+            loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary[stage], view, on_device, self.fp8)
+            (loss / self.cfg.slices).backward()
             total = total + loss.detach()
         self.optimizer.step(step)
         return total / (self.cfg.stages[stage].tokens * sum(weights))
@@ -1304,13 +1278,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, step: int, validation: Validation) -> float:
         """Mean next-token loss in nats over the validation tokens of all processes."""
-        final = step == self.cfg.total_steps
-        stage = self.enter(min(step, self.cfg.total_steps - 1))
-        view = stage_view(self.cfg, stage, final)
+        stage = stage_at(self.cfg, min(step, self.cfg.total_steps - 1))
+        view = stage_view(self.cfg, stage, final=step == self.cfg.total_steps)
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for tokens, cu_seqlens in validation.slices:
             tokens, cu_seqlens = tokens.to(self.world.device), cu_seqlens.to(self.world.device)
-            x = self.hidden(tokens[:-1], cu_seqlens, validation.max_doc, *self.rotary, view)
+            x = self.hidden(tokens[:-1], cu_seqlens, validation.max_doc, *self.rotary[stage], view)
             for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True):
                 total += self.token_losses(rows, self.model.head, targets).double().sum()
         self.world.all_reduce(total)[1].wait()
@@ -1416,7 +1389,7 @@ def run_trial(trainer: Trainer, cfg: Config, files: list[Path], plan: Plan, vali
                 break
             clock.start()
         loss = trainer.train_step(step, loader.next())
-        trained_tokens += cfg.stages[trainer.stage].tokens
+        trained_tokens += cfg.stages[stage_at(cfg, step)].tokens
         if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             pending.append((step + 1, clock.read(), *start_reading(world, loss)))
         flush_losses(pending, log, console)

@@ -27,10 +27,10 @@ TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_row
     train_gpt.Layer("short", exclusive=True, value_embed=True, reads=1, mixes=1),
 ))
 TINY_STAGES = (
-    train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0)), tied=True),
-    train_gpt.Stage(2 / 3, 8 * 24, 20, 6, 12, 1.2, ((1,), (1,)), tied=True),
-    train_gpt.Stage(1, 8 * 32, 32, 8, 16, 1.4, ((1,), (1,)), tied=False),
-    train_gpt.Stage(2, 8 * 32, 32, 10, 20, 1.4, ((1,), (1,)), tied=False),
+    train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0))),
+    train_gpt.Stage(2 / 3, 8 * 24, 20, 6, 12, 1.2, ((1,), (1,))),
+    train_gpt.Stage(1, 8 * 32, 32, 8, 16, 1.4, ((1,), (1,))),
+    train_gpt.Stage(2, 8 * 32, 32, 10, 20, 1.4, ((1,), (1,))),
 )
 
 

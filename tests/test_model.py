@@ -12,7 +12,7 @@ from train_gpt import GPT, View
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 KERNELS = {"cpu": REFERENCE, "cuda": triton_kernels.choose((9, 0), torch.bfloat16)[0]}
-VIEW = View(short=5, long=9, scale=0.2, tied=True)
+VIEW = View(short=5, long=9, scale=0.2)
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
@@ -145,7 +145,7 @@ def model_and_inputs(device="cpu", dtype=torch.float64, total=48, layers=TINY_SH
 
 def test_every_parameter_receives_a_gradient():
     model, tokens, table, rotary = model_and_inputs()
-    train_gpt.slice_loss(model, tokens, table, 48, *rotary, VIEW._replace(tied=False), torch.ones(2), False).backward()
+    train_gpt.slice_loss(model, tokens, table, 48, *rotary, VIEW, torch.ones(2), False).backward()
     shapes = model.small_shapes
     for name, p in {**dict(model.named_parameters()), **train_gpt.unpack(model.small.grad, shapes)}.items():
         grad = p.grad if isinstance(p, torch.nn.Parameter) else p
@@ -176,14 +176,6 @@ def test_a_value_table_belongs_to_its_layer_also_after_one_without_attention(mon
     monkeypatch.setattr(model, "attend", lambda x, layer, rows, value, *rest: seen.append(value[0]) or x)
     model(tokens[:-1], table, 48, *rotary, VIEW)
     assert torch.equal(seen[0], model.value_embeds[TINY_SHAPE.vocab + tokens[:-1].long()])
-
-
-def test_tied_models_embed_with_the_head():
-    model, tokens, table, rotary = model_and_inputs()
-    outputs = [model(tokens[:-1], table, 48, *rotary, VIEW._replace(tied=tied)) for tied in (True, False)]
-    assert not torch.equal(*outputs)
-    model.embed.data.copy_(model.head.data)
-    assert torch.equal(outputs[0], model(tokens[:-1], table, 48, *rotary, VIEW._replace(tied=False)))
 
 
 def test_initial_weights_depend_on_the_seed_alone():

@@ -4,7 +4,7 @@ import torch
 from conftest import REFERENCE, tiny_config
 
 import train_gpt
-from train_gpt import Optimizer, Trainer, World
+from train_gpt import Optimizer, World
 from triton_kernels import orthogonalise_reference
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -142,15 +142,6 @@ def test_adams_parameters_move_on_odd_steps_and_keep_their_gradient_on_even_ones
             assert (p.grad is None) == moves, name
 
 
-def test_untying_gives_the_embedding_the_heads_values_and_moments(shards):
-    model, optimizer = optimizer_with_grads(shards, 1)
-    optimizer.step(1)
-    assert not torch.equal(model.embed, model.head)
-    optimizer.untie()
-    assert torch.equal(model.embed, model.head)
-    assert all(torch.equal(optimizer.state["embed"][key], optimizer.state["head"][key]) for key in ("m", "v", "count"))
-
-
 def test_each_matrix_of_a_bank_has_its_rate(shards):
     """Up 1 and down 2, times sqrt(rows / columns); padding matrices, whose gradient is zero, stay zero."""
     model, optimizer = optimizer_with_grads(shards, 0)
@@ -211,20 +202,3 @@ def test_the_tables_cover_every_parameter_once(shards):
         model = train_gpt.GPT(shape, torch.float32, REFERENCE)
         assert set(train_gpt.PARAMS) == {name for name, _ in model.named_parameters()}
         assert list(train_gpt.SMALL_PARAMS) == list(model.small_shapes)
-
-
-def test_gradients_keep_the_first_stages_size_when_the_batch_grows(shards, monkeypatch):
-    cfg = tiny_config(shards, dtype="float64")
-    alone, seen = World(0, 1, torch.device("cpu")), []
-    trainer = Trainer(cfg, alone)
-    trainer.reset(0)
-    monkeypatch.setattr(trainer.optimizer, "step", lambda step: seen.append(trainer.model.head.grad.clone()))
-    files = train_gpt.find_shards(cfg, "train_files")
-    loader = train_gpt.Loader(cfg, alone, files, train_gpt.plan_run(cfg, files))
-    batches = [loader.next() for _ in range(5)]
-    trainer.train_step(4, batches[4])  # of the second stage
-    total = sum(trainer.slice_loss(trainer.model, *batch, cfg.stages[1].max_doc, *trainer.rotary, trainer.view,
-                                   torch.tensor(train_gpt.mtp_weights(cfg, 4)), False) for batch in batches[4])
-    expected, = torch.autograd.grad(total, trainer.model.head)
-    assert torch.allclose(seen[0], expected * cfg.stages[0].tokens / cfg.stages[1].tokens / cfg.slices, rtol=1e-9)
-    loader.close()

@@ -28,7 +28,7 @@ def loss_and_gradients(kernels, dtype, tokens, table):
             p.add_((0.05 * torch.randn(p.shape, generator=draw)).to(p))
     length = len(tokens) - 1
     angles = torch.rand(2 * length, SHAPE.head_dim // 4, generator=draw).to(DEVICE) * 6
-    view = View(short=9, long=30, scale=0.1, tied=False)
+    view = View(short=9, long=30, scale=0.1)
     weights = torch.tensor([1.0, 0.5], device=DEVICE)
     loss = train_gpt.slice_loss(model, tokens, table, length, angles.cos().to(dtype), angles.sin().to(dtype), view,
                                 weights, False)
