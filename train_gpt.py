@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 import uuid
+import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,7 @@ class Stage(NamedTuple):
     long: int
     lr: float                     # learning rate multiplier before the cooldown
     mtp: tuple[tuple[float, ...], tuple[float, ...]]  # multi-token weights at the stage's start and end
+    prefix: tuple[float, float] = (0, 0)  # the same of the next token's longest prefix that is a token (record #88)
 
 
 class Param(NamedTuple):
@@ -125,8 +127,8 @@ GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=377
     Layer("long", key_offset=True, value_embed=True, reads=7, mixes=7),
 ))
 GPT2_STAGES = (
-    Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0))),
-    Stage(2 / 3, 262_144, 2048, 384, 896, 1.52, ((1, .5), (1, 0))),
+    Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0)), (.25, .25)),
+    Stage(2 / 3, 262_144, 2048, 384, 896, 1.52, ((1, .5), (1, 0)), (.25, 0)),
     Stage(1, 393_216, 2048, 640, 1408, 1.73, ((1,), (1,))),
     Stage(2, 393_216, 2048, 768, 1664, 1.73, ((1,), (1,))),
 )
@@ -194,6 +196,7 @@ class Config:
     val_slice_tokens: int = knob(262_144, "validation tokens per forward pass; lower it to save memory")
     val_every: int = knob(250, "steps between validations; 0: only at the end")
     log_every: int = knob(10, "steps between train_loss lines")
+    token_tables: str = knob("data/gpt2_tokens.npz", "what is known of each token; data/gpt2_tokens.py makes it")
     log_dir: str = knob("records/runs", "where logs are written")
     slices: int = knob(8, "slices (micro-batches) a step; 16 halves their memory and moves where documents are cut")
     dtype: str = knob("auto", "auto (bfloat16 on a GPU, float32 else), bfloat16, float32 or float64")
@@ -319,11 +322,14 @@ def momentum(cfg: Config, step: int, low: float = 0.85, high: float = 0.95) -> f
     return low + (high - low) * min(rise, fall)
 
 
-def mtp_weights(cfg: Config, step: int) -> list[float]:
-    """Weights of the next tokens in the loss: linear between the ends of the stage (arXiv 2404.19737, record #53)."""
+def target_weights(cfg: Config, step: int) -> list[float]:
+    """Weights in the loss of the next tokens (arXiv 2404.19737, record #53) and, in stages that have it, of the next
+    one's prefix: linear between the ends of the stage."""
     ends, i = [0, *stage_ends(cfg)], stage_at(cfg, step)
     progress = (step - ends[i]) / max(1, ends[i + 1] - ends[i])
-    return [a + (b - a) * progress for a, b in zip(*cfg.stages[i].mtp, strict=True)]
+    stage = cfg.stages[i]
+    ranges = [*zip(*stage.mtp, strict=True), *[stage.prefix] * any(stage.prefix)]
+    return [a + (b - a) * progress for a, b in ranges]
 
 
 class View(NamedTuple):
@@ -331,6 +337,7 @@ class View(NamedTuple):
     short: int      # window in tokens before the query
     long: int
     scale: float    # attention softmax scale
+    prefix: bool = False  # the loss has a term of the next token's prefix
 
 
 def yarn(cfg: Config, stage: int) -> tuple[np.ndarray, float]:
@@ -351,7 +358,7 @@ def yarn(cfg: Config, stage: int) -> tuple[np.ndarray, float]:
 
 def stage_view(cfg: Config, stage: int, final: bool = False) -> View:
     row = cfg.stages[stage]
-    return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1])
+    return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1], any(row.prefix))
 
 
 def rotary_tables(cfg: Config, stage: int, length: int, device, dtype) -> tuple[Tensor, Tensor]:
@@ -415,23 +422,24 @@ def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor | float, scale_b: float, fa
 class HeadLoss(torch.autograd.Function):
     """sum over rows of the softcapped multi-token cross entropy of x W'.
 
-    x: (T, D), RMS-normed; w: (V, D); targets: (T,) next tokens; weights: (K,) float32; out: () float32.
+    x: (T, D), RMS-normed; w: (V, D); targets: (T,) next tokens; weights: (K,) float32; out: () float32. With prefix,
+    (T,), one more target of each row, -1 where there is none, weights: (K + 1,).
     The gradient of the logits is made with the loss, so no logits are kept (records #60, #79). With fp8 the three
     products run on e4m3 inputs and e5m2 gradients, and the rest in x's dtype (record #19); FP8 products want the inner
     dimension contiguous on both sides, so everything is written in both layouts where it is made."""
 
     @staticmethod
-    def forward(ctx, x, w, targets, weights, fp8, kernels):
+    def forward(ctx, x, w, targets, weights, prefix, fp8, kernels):
         ctx.fp8 = fp8
         if fp8:
             x, x_t, _ = kernels.quantize_transpose(x, x.new_full((), FP8_X, dtype=torch.float32), torch.float8_e4m3fn)
             w, w_t, _ = kernels.quantize_transpose(w, w.new_full((), FP8_W, dtype=torch.float32), torch.float8_e4m3fn)
             logits = fp8_matmul(x, w.t(), FP8_X, FP8_W, fast=True)
             losses, *grads = kernels.cross_entropy(logits, targets, weights, 1 / FP8_GRAD, torch.float8_e5m2,
-                                                   both_layouts=True)
+                                                   prefix, both_layouts=True)
             ctx.save_for_backward(x_t, w_t, *grads)
         else:
-            losses, grad, _ = kernels.cross_entropy(x @ w.t(), targets, weights, 1.0, x.dtype)
+            losses, grad, _ = kernels.cross_entropy(x @ w.t(), targets, weights, 1.0, x.dtype, prefix)
             ctx.save_for_backward(x, w, grad)
         return losses.sum()
 
@@ -446,7 +454,7 @@ class HeadLoss(torch.autograd.Function):
             x, w, grad = ctx.saved_tensors
             upstream = upstream.to(x.dtype)
             dx, dw = upstream * (grad @ w), upstream * (grad.t() @ x)
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None
 
 
 def token_losses(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
@@ -489,7 +497,7 @@ class GPT(nn.Module):
     attn_bank: (4A padded, D, D), rows Q K V O of each attention layer; mlp_bank: (2L padded, F, D), up and down, the
     latter transposed. Matrices and tables have `dtype`; the packed small parameters are at least float32."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, kernels: Kernels):
+    def __init__(self, shape: Shape, dtype: torch.dtype, kernels: Kernels, tables: tuple[Tensor, Tensor]):
         super().__init__()
         self.shape, self.kernels = shape, kernels
         self.small_shapes = small_shapes(shape)
@@ -504,6 +512,8 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype)))
         signs = torch.randint(0, 2, (8192, shape.dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
         self.register_buffer("signs", signs.to(dtype))
+        for name, table in zip(("prefixes", "kinds"), tables, strict=True):
+            self.register_buffer(name, table)
         small = sum(math.prod(size) for size in self.small_shapes.values())
         self.small = nn.Parameter(torch.empty(small, dtype=torch.promote_types(dtype, torch.float32)))
 
@@ -550,7 +560,7 @@ class GPT(nn.Module):
         x = F.embedding(tokens, self.head)
         x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"])[:, None] * x[:-1]))
         x = x0 = rms_norm(x)
-        bigram = bigram_vectors(tokens, self.bigram_embed, self.signs)
+        bigram = bigram_vectors(self.kinds[tokens], self.bigram_embed, self.signs)
         x = x + bigram_lambdas[0] * bigram
         tables = torch.arange(len(shape.value_layers), device=tokens.device, dtype=tokens.dtype) * shape.vocab
         embedded = F.embedding(tables[:, None] + tokens, self.value_embeds).unbind()
@@ -610,7 +620,8 @@ def slice_loss(model: GPT, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos
                weights: Tensor, fp8: bool) -> Tensor:
     """Training loss of one slice, summed over its tokens. tokens: (T + 1,) int32; weights: (K,) float32."""
     x = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view)
-    return HeadLoss.apply(x, model.head, tokens[1:], weights, fp8, model.kernels)
+    prefix = model.prefixes[tokens[1:]] if view.prefix else None
+    return HeadLoss.apply(x, model.head, tokens[1:], weights, prefix, fp8, model.kernels)
 
 
 # ==================== Optimizer ====================
@@ -813,6 +824,20 @@ def find_shards(cfg: Config, what: str) -> list[Path]:
     if not files:
         raise UserError(f"no shard matches {what}={pattern!r}: {more_shards(cfg)} or name your own with {what}=")
     return files
+
+
+def read_token_tables(cfg: Config) -> tuple[Tensor, Tensor]:
+    """Of each token, int32 (vocab,): its longest prefix that is a token too, -1 where there is none; its kind, the
+    lowest token of the same text but for case, accents and white space. Raises UserError where the file is no such."""
+    try:
+        with np.load(ROOT / cfg.token_tables) as tables:
+            prefix, kind = (torch.from_numpy(tables[name].astype(np.int32)) for name in ("prefix", "kind"))
+        prefix, kind = F.pad(torch.stack((prefix, kind)), (0, cfg.shape.vocab), value=-1)[:, :cfg.shape.vocab]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"token_tables={cfg.token_tables!r} cannot be used ({error}): restore the file, or make it "
+                        "with `python data/gpt2_tokens.py`") from None
+    own = torch.arange(cfg.shape.vocab, dtype=torch.int32)  # rows past the tokenizer's are their own kind
+    return prefix.where(prefix < len(own), -1), kind.where((kind >= 0) & (kind < len(own)), own)
 
 
 def own_shards(cfg: Config) -> bool:
@@ -1232,7 +1257,7 @@ class Trainer:
         self.cfg, self.world = cfg, world
         self.dtype, kernels, self.kinds, self.fp8 = choose(cfg, world.device)
         self.compiled = {"on": True, "off": False, "auto": world.device.type == "cuda"}[cfg.compile]
-        self.model = GPT(cfg.shape, self.dtype, kernels).to(world.device)
+        self.model = GPT(cfg.shape, self.dtype, kernels, read_token_tables(cfg)).to(world.device)
         self.optimizer = Optimizer(self.model, cfg, world, self.compiled)
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
@@ -1264,7 +1289,7 @@ class Trainer:
     def train_step(self, step: int, batches: list[Batch]) -> Tensor:
         """Forward, backward and update on this process's slices; returns its share of the loss, a device scalar in
         nats (the mean over tokens and multi-token weights)."""
-        stage, weights = stage_at(self.cfg, step), mtp_weights(self.cfg, step)
+        stage, weights = stage_at(self.cfg, step), target_weights(self.cfg, step)
         view, max_doc = stage_view(self.cfg, stage), self.cfg.stages[stage].max_doc
         on_device = torch.tensor(weights).to(self.world.device, non_blocking=True)
         total = 0.0

@@ -26,8 +26,14 @@ TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_row
     train_gpt.Layer("", skip_from=1, final=-0.5),
     train_gpt.Layer("short", exclusive=True, value_embed=True, reads=1, mixes=1),
 ))
+def tables(vocab):
+    """Made-up prefixes and kinds of tokens, as train_gpt.read_token_tables gives them."""
+    ids = torch.arange(vocab, dtype=torch.int32)
+    return torch.where(ids % 3 > 0, ids // 3, -1), torch.where(ids % 5 > 0, ids, ids // 5)
+
+
 TINY_STAGES = (
-    train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0))),
+    train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0)), prefix=(.25, .1)),
     train_gpt.Stage(2 / 3, 8 * 24, 20, 6, 12, 1.2, ((1,), (1,))),
     train_gpt.Stage(1, 8 * 32, 32, 8, 16, 1.4, ((1,), (1,))),
     train_gpt.Stage(2, 8 * 32, 32, 10, 20, 1.4, ((1,), (1,))),

@@ -4,7 +4,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REFERENCE, TINY_SHAPE, tiny_config
+from conftest import REFERENCE, TINY_SHAPE, tables, tiny_config
 
 import train_gpt
 import triton_kernels
@@ -91,8 +91,9 @@ def test_yarn_scales_are_the_records():
     assert fastest == 1 and slowest == pytest.approx(1 / 1024 * 384 / 1664)
 
 
+@pytest.mark.parametrize("prefixed", [False, True])
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_head_loss_has_the_gradient_of_the_plain_formula(device):
+def test_head_loss_has_the_gradient_of_the_plain_formula(device, prefixed):
     torch.manual_seed(0)
     x = train_gpt.rms_norm(torch.randn(32, 16, device=device, dtype=torch.float64)).requires_grad_()
     w = torch.randn(64, 16, device=device, dtype=torch.float64, requires_grad=True)
@@ -101,10 +102,14 @@ def test_head_loss_has_the_gradient_of_the_plain_formula(device):
     z = 23 * torch.sigmoid((x @ w.t() + 5) / 7.5)
     plain = sum(weight * F.cross_entropy(z[:32 - k], targets[k:], reduction="sum")
                 for k, weight in enumerate(weights.tolist()))
+    prefix = torch.where(targets % 3 > 0, targets // 3, -1) if prefixed else None
+    if prefixed:
+        weights = torch.cat((weights, weights.new_tensor([0.375])))
+        plain = plain + 0.375 * F.cross_entropy(z, prefix, reduction="sum", ignore_index=-1)
     expected = torch.autograd.grad(plain / 8, (x, w))
     if device == "cuda":  # the kernel reads up to float32
         x, w = (y.detach().float().requires_grad_() for y in (x, w))
-    loss = train_gpt.HeadLoss.apply(x, w, targets, weights, False, KERNELS[device])
+    loss = train_gpt.HeadLoss.apply(x, w, targets, weights, prefix, False, KERNELS[device])
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for ours, reference in zip(torch.autograd.grad(loss / 8, (x, w)), expected, strict=True):
         assert relative_error(ours, reference) < (1e-12 if device == "cpu" else 1e-5)
@@ -120,7 +125,7 @@ def test_fp8_head_is_the_bf16_head_within_its_quantisation():
 
     def run(fp8):
         leaves = [y.clone().requires_grad_() for y in (x, w)]
-        loss = train_gpt.HeadLoss.apply(*leaves, targets, weights, fp8, KERNELS["cuda"])
+        loss = train_gpt.HeadLoss.apply(*leaves, targets, weights, None, fp8, KERNELS["cuda"])
         return [loss, *torch.autograd.grad(loss / 8, leaves)]
 
     (loss8, *grads8), (loss16, *grads16) = run(True), run(False)
@@ -130,7 +135,7 @@ def test_fp8_head_is_the_bf16_head_within_its_quantisation():
 
 
 def model_and_inputs(device="cpu", dtype=torch.float64, total=48, layers=TINY_SHAPE.layers):
-    model = GPT(TINY_SHAPE._replace(layers=layers), dtype, REFERENCE).to(device)
+    model = GPT(TINY_SHAPE._replace(layers=layers), dtype, REFERENCE, tables(TINY_SHAPE.vocab)).to(device)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # nothing at its initial zero, so that every path carries a signal
@@ -179,7 +184,7 @@ def test_a_value_table_belongs_to_its_layer_also_after_one_without_attention(mon
 
 
 def test_initial_weights_depend_on_the_seed_alone():
-    first, second, other = (GPT(TINY_SHAPE, torch.float32, REFERENCE) for _ in range(3))
+    first, second, other = (GPT(TINY_SHAPE, torch.float32, REFERENCE, tables(TINY_SHAPE.vocab)) for _ in range(3))
     first.init_weights(3)
     torch.manual_seed(99)
     second.init_weights(3)
@@ -201,7 +206,7 @@ def test_the_gpu_path_is_the_cpu_path(shards, mode):
     table = torch.tensor([0, 200, 201, 777, total, total], dtype=torch.int32, device="cuda")
     losses, grads = [], []
     for dtype, kernels in ((torch.float32, REFERENCE), (torch.bfloat16, chosen)):
-        model = GPT(shape, dtype, kernels).cuda()
+        model = GPT(shape, dtype, kernels, tables(shape.vocab)).cuda()
         model.init_weights(0)
         with torch.no_grad():
             model.mlp_bank[1::2].normal_(0, 0.01, generator=torch.Generator("cuda").manual_seed(0))

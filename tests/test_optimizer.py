@@ -1,7 +1,7 @@
 """The optimizer's mathematics, and its books."""
 import pytest
 import torch
-from conftest import REFERENCE, tiny_config
+from conftest import REFERENCE, tables, tiny_config
 
 import train_gpt
 from train_gpt import Optimizer, World
@@ -122,7 +122,7 @@ def test_adam_decays_only_where_the_update_agrees_in_sign():
 
 def optimizer_with_grads(shards, step):
     cfg = tiny_config(shards)
-    model = train_gpt.GPT(cfg.shape, torch.float32, REFERENCE)
+    model = train_gpt.GPT(cfg.shape, torch.float32, REFERENCE, tables(cfg.shape.vocab))
     model.init_weights(0)
     optimizer = Optimizer(model, cfg, ALONE, compiled=False)
     torch.manual_seed(step)
@@ -199,6 +199,6 @@ def test_every_reduction_and_gather_is_waited_for(shards):
 def test_the_tables_cover_every_parameter_once(shards):
     cfg = tiny_config(shards)
     for shape in (cfg.shape, train_gpt.SMOKE_SHAPE):
-        model = train_gpt.GPT(shape, torch.float32, REFERENCE)
+        model = train_gpt.GPT(shape, torch.float32, REFERENCE, tables(shape.vocab))
         assert set(train_gpt.PARAMS) == {name for name, _ in model.named_parameters()}
         assert list(train_gpt.SMALL_PARAMS) == list(model.small_shapes)

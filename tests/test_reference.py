@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import REFERENCE, tiny_config
+from conftest import REFERENCE, tables, tiny_config
 from test_model import VIEW, model_and_inputs
 
 import train_gpt
@@ -69,7 +69,7 @@ def reference(model, tokens, documents, freqs, view):
     embedded = model.head[tokens]
     smear = small["smear_lambda"] * torch.sigmoid(embedded[:, :12] @ small["smear_gate"])
     x = x0 = norm(torch.stack([e + (smear[t] * embedded[t - 1] if t else 0) for t, e in enumerate(embedded)]))
-    ids = tokens.tolist()
+    ids = model.kinds[tokens].tolist()
     hashed = [shape.bigram_rows - 1] + [(36313 * b ^ 27191 * a) % (shape.bigram_rows - 1)
                                         for a, b in zip(ids, ids[1:], strict=False)]
     signs = [((30011 * a ^ 48271 * b) % 2 ** 32) % len(model.signs) for a, b in zip([0, *ids], ids, strict=False)]
@@ -137,7 +137,7 @@ def test_validation_is_the_mean_next_token_loss_with_the_last_window(shards):
 
 
 def test_initial_weights_have_the_records_scales():
-    model = GPT(train_gpt.SMOKE_SHAPE, torch.float32, REFERENCE)
+    model = GPT(train_gpt.SMOKE_SHAPE, torch.float32, REFERENCE, tables(train_gpt.SMOKE_SHAPE.vocab))
     model.init_weights(0)
     deviation = 0.5 / 128 ** 0.5
     assert model.attn_bank.std().item() == pytest.approx(deviation, rel=0.02)

@@ -27,10 +27,12 @@ def test_the_corpus_schedule_is_the_yardsticks():
     assert [stage.tokens for stage in cfg.stages] == [131_072, 262_144, 393_216, 393_216]
 
 
-def test_multi_token_weights_fall_linearly_to_zero_within_a_stage():
+def test_weights_of_further_tokens_and_of_the_prefix_change_linearly_within_a_stage():
     cfg = train_gpt.parse_options(["preset=corpus"])
-    assert train_gpt.mtp_weights(cfg, 0) == [1, 0.5, 0.25] and train_gpt.mtp_weights(cfg, 74) == [1, 0.5, 0.125]
-    assert train_gpt.mtp_weights(cfg, 148) == [1, 0.5] and train_gpt.mtp_weights(cfg, 444) == [1]
+    weights = {step: train_gpt.target_weights(cfg, step) for step in (0, 74, 148, 222, 296, 444)}
+    assert weights == {0: [1, .5, .25, .25], 74: [1, .5, .125, .25], 148: [1, .5, .25], 222: [1, .25, .125],
+                       296: [1], 444: [1]}
+    assert [train_gpt.stage_view(cfg, stage).prefix for stage in range(4)] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("steps", range(3, 40))

@@ -1,7 +1,7 @@
 """What holds for the model on the kernels: it is the model on the references."""
 import pytest
 import torch
-from conftest import REFERENCE
+from conftest import REFERENCE, tables
 
 import train_gpt
 import triton_kernels as tk
@@ -20,7 +20,7 @@ SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=128, bigram_rows=256, mix_g
 
 
 def loss_and_gradients(kernels, dtype, tokens, table):
-    model = GPT(SHAPE, dtype, kernels).to(DEVICE)
+    model = GPT(SHAPE, dtype, kernels, tables(SHAPE.vocab)).to(DEVICE)
     model.init_weights(0)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():  # nothing at its initial zero, so that every path carries a signal
@@ -28,8 +28,8 @@ def loss_and_gradients(kernels, dtype, tokens, table):
             p.add_((0.05 * torch.randn(p.shape, generator=draw)).to(p))
     length = len(tokens) - 1
     angles = torch.rand(2 * length, SHAPE.head_dim // 4, generator=draw).to(DEVICE) * 6
-    view = View(short=9, long=30, scale=0.1)
-    weights = torch.tensor([1.0, 0.5], device=DEVICE)
+    view = View(short=9, long=30, scale=0.1, prefix=True)
+    weights = torch.tensor([1.0, 0.5, 0.25], device=DEVICE)
     loss = train_gpt.slice_loss(model, tokens, table, length, angles.cos().to(dtype), angles.sin().to(dtype), view,
                                 weights, False)
     loss.backward()
