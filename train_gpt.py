@@ -16,6 +16,7 @@ import datetime
 import difflib
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -27,7 +28,6 @@ import subprocess
 import sys
 import time
 import uuid
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -327,8 +327,7 @@ def target_weights(cfg: Config, step: int) -> list[float]:
     one's prefix: linear between the ends of the stage."""
     ends, i = [0, *stage_ends(cfg)], stage_at(cfg, step)
     progress = (step - ends[i]) / max(1, ends[i + 1] - ends[i])
-    stage = cfg.stages[i]
-    ranges = [*zip(*stage.mtp, strict=True), *[stage.prefix] * any(stage.prefix)]
+    ranges = [*zip(*cfg.stages[i].mtp, strict=True), *[cfg.stages[i].prefix] * any(cfg.stages[i].prefix)]
     return [a + (b - a) * progress for a, b in ranges]
 
 
@@ -512,8 +511,8 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype)))
         signs = torch.randint(0, 2, (8192, shape.dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
         self.register_buffer("signs", signs.to(dtype))
-        for name, table in zip(("prefixes", "kinds"), tables, strict=True):
-            self.register_buffer(name, table)
+        self.register_buffer("prefixes", tables[0])
+        self.register_buffer("kinds", tables[1])
         small = sum(math.prod(size) for size in self.small_shapes.values())
         self.small = nn.Parameter(torch.empty(small, dtype=torch.promote_types(dtype, torch.float32)))
 
@@ -833,7 +832,7 @@ def read_token_tables(cfg: Config) -> tuple[Tensor, Tensor]:
         with np.load(ROOT / cfg.token_tables) as tables:
             prefix, kind = (torch.from_numpy(tables[name].astype(np.int32)) for name in ("prefix", "kind"))
         prefix, kind = F.pad(torch.stack((prefix, kind)), (0, cfg.shape.vocab), value=-1)[:, :cfg.shape.vocab]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # NumPy's, the archive's and the compression's own
         raise UserError(f"token_tables={cfg.token_tables!r} cannot be used ({error}): restore the file, or make it "
                         "with `python data/gpt2_tokens.py`") from None
     own = torch.arange(cfg.shape.vocab, dtype=torch.int32)  # rows past the tokenizer's are their own kind
@@ -1164,6 +1163,7 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
     commit, changed = shell("git", "rev-parse", "HEAD"), shell("git", "status", "--short").split("\n")
     log.write(f"git:{commit} changed files:{', '.join(filter(None, changed)) or 'none'}" if "(" not in commit
               else "git:no commit here; the sources above are what ran")
+    log.write(f"token tables:sha256 {hashlib.sha256((ROOT / cfg.token_tables).read_bytes()).hexdigest()}")
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         rows = value if field.name == "stages" else value.layers if field.name == "shape" else ()
@@ -1509,6 +1509,7 @@ def train(cfg: Config, world: World) -> None:
         files = find_shards(cfg, "train_files")
         plan = plan_run(cfg, files)
         validation = read_validation(cfg, world)
+        read_token_tables(cfg)
     choose(cfg, world.device)  # what this machine cannot do, and
     log = new_log(cfg, world)  # a folder that cannot be written, are known before the compilation
     with clock.region("process group and model"):

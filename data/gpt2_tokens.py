@@ -34,12 +34,14 @@ def token_tables(tokens):
     return np.array([*prefix, -1], dtype=np.int32), np.array([*kind, len(tokens)], dtype=np.int32)
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=Path)
-    bpe = gpt2_bpe(parser.parse_args().vocab)
+    parser.add_argument("--vocab", type=Path, help="a ranks file of base64-of-token rank lines")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("gpt2_tokens.npz"))
+    args = parser.parse_args(argv)
+    bpe = gpt2_bpe(args.vocab)
     prefix, kind = token_tables([bpe.decode_single_token_bytes(i) for i in range(END_OF_TEXT)])
-    np.savez_compressed(Path(__file__).with_name("gpt2_tokens.npz"), prefix=prefix, kind=kind)
+    np.savez_compressed(args.out, prefix=prefix, kind=kind)
 
 
 if __name__ == "__main__":

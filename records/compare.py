@@ -1,6 +1,7 @@
 """python -m records diff and extract: what differs between two runs, and a run's sources as a folder."""
 import ast
 import difflib
+import hashlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from records.logs import Log, LogError, read_log
 
+ROOT = Path(__file__).resolve().parent.parent
 OPTION = re.compile(r"^    (\w+): \w+ = knob\(", re.M)  # a setting of the command line, in our trainer's source
 
 
@@ -109,9 +111,24 @@ def extract(argv: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in log.sources.items():
         (folder / name).write_bytes(text.encode())
+    names = [*log.sources, "README.md", *copy_token_tables(log, folder)]
     (folder / "README.md").write_text(readme(log), encoding="utf-8")
-    print("\n".join(str(folder / name) for name in (*log.sources, "README.md")))
+    print("\n".join(str(folder / name) for name in names))
     return 0
+
+
+def copy_token_tables(log: Log, folder: Path) -> list[str]:
+    """Copies this checkout's file of token tables where it is the one that the run read; names it in the folder."""
+    name, wanted = log.config.get("token_tables"), log.environment.get("token tables")
+    if name is None or wanted is None:
+        return []
+    content = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
+    if wanted != f"sha256 {hashlib.sha256(content).hexdigest()}":
+        print(f"{name} is not here as the run read it ({wanted}): bring it before you run the folder")
+        return []
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    return [name]
 
 
 def readme(log: Log) -> str:

@@ -323,6 +323,16 @@ def error_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.parametrize("damage", [lambda data: None, lambda data: data[:-300], lambda data: b"", lambda data: b"text",
+                                    lambda data: data.replace(b"prefix.npy", b"suffix.npy")])
+def test_damaged_token_tables_are_refused_with_the_remedy(refused, shards, tmp_path, damage):
+    data = damage((ROOT / "data" / "gpt2_tokens.npz").read_bytes())
+    if data is not None:
+        (tmp_path / "tables.npz").write_bytes(data)
+    refused([*SMOKE, *globs(shards), f"token_tables={tmp_path}/tables.npz"], f"token_tables='{tmp_path}/tables.npz'",
+            "restore the file, or make it with `python data/gpt2_tokens.py`")
+
+
 @pytest.mark.parametrize("processes", [3, 16])
 def test_processes_that_cannot_share_the_slices_are_refused(refused, monkeypatch, processes):
     monkeypatch.setenv("WORLD_SIZE", str(processes))

@@ -14,6 +14,7 @@ DATA = Path(__file__).resolve().parents[1] / "data"
 sys.path.insert(0, str(DATA))
 
 import fineweb  # noqa: E402
+import gpt2_tokens  # noqa: E402
 import local_text  # noqa: E402
 import shards  # noqa: E402
 
@@ -501,3 +502,45 @@ def test_fineweb_without_datasets_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(shards.DataError, match="pip install datasets tiktoken"):
         fineweb.main(["--dataset", "10B", "-o", str(tmp_path)])
+
+
+########################################
+#            Tables of tokens          #
+########################################
+
+
+def test_a_tokens_prefix_is_the_longest_that_is_a_token_itself():
+    tokens = [b"a", b"b", b"ab", b"abcd", b"abc", b" ", b" abx"]
+    prefix, _ = gpt2_tokens.token_tables(tokens)
+    assert prefix.tolist() == [-1, -1, 0, 4, 2, -1, 5, -1] and prefix.dtype == np.int32
+
+
+def test_tokens_of_one_text_but_for_case_accents_form_and_outer_space_are_one_kind():
+    texts = ["e", "E", " e", " \u00e9", "\uff25", "ee", "e e", "\u00a0e", " ", "\n", "\n\n"]
+    tokens = [*(text.encode() for text in texts), b"\xc3", b" \xc3"]
+    _, kind = gpt2_tokens.token_tables(tokens)
+    assert kind.tolist() == [0, 0, 0, 0, 0, 5, 6, 0, 8, 9, 10, 11, 12, 13]
+
+
+def test_the_tables_in_the_repository_are_of_gpt2s_tokens():
+    with np.load(DATA / "gpt2_tokens.npz") as tables:
+        prefix, kind = tables["prefix"], tables["kind"]
+    ids = np.arange(shards.VOCAB_SIZE)
+    assert prefix.shape == kind.shape == ids.shape and prefix.dtype == kind.dtype == np.int32
+    single = np.flatnonzero(prefix < 0)  # every merged token has a prefix, a single byte and the end of text have none
+    assert sorted(single) == [*range(256), shards.END_OF_TEXT]
+    assert (kind <= ids).all() and (kind[kind] == kind).all() and len(np.unique(kind)) == 32_985
+    letters = local_text.byte_token_ids()
+    assert kind[letters[ord("A")]] == kind[letters[ord("a")]] and kind[262] == kind[1169]  # " the" and "the"
+    assert prefix[262] == 294 and prefix[294] == 256 and prefix[256] == letters[ord(" ")]  # " the", " th", " t", " "
+
+
+def test_the_tables_can_be_made_again(monkeypatch, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)} | {b"ab": 256, b"AB": 257}
+    bpe = tiktoken.Encoding("tiny", pat_str=".+", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(gpt2_tokens, "gpt2_bpe", lambda vocab: bpe)
+    monkeypatch.setattr(gpt2_tokens, "END_OF_TEXT", len(ranks))
+    gpt2_tokens.main(["--out", str(tmp_path / "made.npz")])
+    with np.load(tmp_path / "made.npz") as tables:
+        assert tables["prefix"][256:].tolist() == [97, 65, -1] and tables["kind"][256:].tolist() == [256, 256, 258]

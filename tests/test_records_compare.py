@@ -1,4 +1,5 @@
 """records diff says what differs and no more; records extract gives back what ran."""
+import hashlib
 import shlex
 
 import pytest
@@ -120,6 +121,16 @@ def test_the_command_of_an_extracted_run_sets_what_the_log_says():
     assert (cfg.preset, cfg.seed, cfg.trials, cfg.val_every, cfg.steps) == ("corpus", 1, 1, 0, 444)
     four = read_log(find_logs(KERNELS)[0])
     assert compare.command(four).startswith("torchrun --standalone --nproc_per_node 4 train_gpt.py preset=corpus")
+
+
+def test_the_token_tables_that_a_run_read_are_extracted_with_it_and_no_others(tmp_path, capsys):
+    tables = (ROOT / "data" / "gpt2_tokens.npz").read_bytes()
+    for name, digest in (("same", hashlib.sha256(tables).hexdigest()), ("other", "0" * 64)):
+        path = ours(tmp_path / f"{name}.txt", token_tables="data/gpt2_tokens.npz")
+        path.write_bytes(path.read_bytes().replace(b"\ngit:", f"\ntoken tables:sha256 {digest}\ngit:".encode()))
+        assert main(["extract", str(path), str(tmp_path / name)]) == 0
+    assert (tmp_path / "same/data/gpt2_tokens.npz").read_bytes() == tables and not (tmp_path / "other/data").exists()
+    assert f"not here as the run read it (sha256 {'0' * 64})" in capsys.readouterr().out
 
 
 def test_extract_overwrites_nothing_and_leaves_no_folder(tmp_path, capsys):
