@@ -14,7 +14,7 @@ APPENDED = re.compile(rb"\r?\n\r?\n-{40}\r?\n# (\S+\.py)\r?\n-{40}\r?\n\r?\n")  
 IMPORT = re.compile(rb"^(?:import|from) \w", re.M)
 STEP = re.compile(r"step:(\d+)/(\d+)((?: \w+:\S*)+)")
 LLMC_STEP = re.compile(r"s:(\d+) (tel|trl):(\S+)(?: .*)?")
-ENTRY = re.compile(r"(hardware|driver|git|stage \d+|data|model|operations|seed): ?(.*)")  # of our environment
+ENTRY = re.compile(r"(hardware|driver|git|token tables|stage \d+|data|model|operations|seed): ?(.*)")  # of our environment
 VERSIONS = (  # of modded-nanogpt's environment
     re.compile(r"Running Python (?P<python>\S+)"),
     re.compile(r"Running py?torch (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)", re.I),
@@ -50,7 +50,7 @@ class Log:
     run_id: str                   # the file's stem where it is a UUID, else the UUID in the log, else the stem
     dialect: str                  # "ours", "modded" or "llmc"
     sources: dict[str, str]       # file name to the text as it stands in the log; {} where there is none
-    environment: dict[str, str]   # versions, hardware, driver, git; ours: also stage k, data, model, operations
+    environment: dict[str, str]   # versions, hardware, driver, git; ours: token tables, stage k, data, model, too
     config: dict[str, str]        # ours only; rows of tables (shape, stages) are separated by newlines
     steps: tuple[Step, ...]
     result: dict                  # our last line; else val_loss, train_time_ms, steps, ...; {} if unfinished
