@@ -11,6 +11,6 @@ WORKDIR /speedrun
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
 COPY train_gpt.py triton_kernels.py run.sh requirements-dev.txt ./
-COPY data/*.py data/*.md data/
+COPY data/*.py data/*.md data/*.npz data/
 COPY tests tests
 CMD ["./run.sh"]

@@ -120,7 +120,7 @@ def extract(argv: list[str]) -> int:
 def copy_token_tables(log: Log, folder: Path) -> list[str]:
     """Copies this checkout's file of token tables where it is the one that the run read; names it in the folder."""
     name, wanted = log.config.get("token_tables"), log.environment.get("token tables")
-    if name is None or wanted is None:
+    if name is None or wanted is None or Path(name).is_absolute() or ".." in Path(name).parts:
         return []
     content = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
     if wanted != f"sha256 {hashlib.sha256(content).hexdigest()}":

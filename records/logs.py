@@ -14,7 +14,7 @@ APPENDED = re.compile(rb"\r?\n\r?\n-{40}\r?\n# (\S+\.py)\r?\n-{40}\r?\n\r?\n")  
 IMPORT = re.compile(rb"^(?:import|from) \w", re.M)
 STEP = re.compile(r"step:(\d+)/(\d+)((?: \w+:\S*)+)")
 LLMC_STEP = re.compile(r"s:(\d+) (tel|trl):(\S+)(?: .*)?")
-ENTRY = re.compile(r"(hardware|driver|git|token tables|stage \d+|data|model|operations|seed): ?(.*)")  # of our environment
+ENTRY = re.compile(r"(hardware|driver|git|token tables|stage \d+|data|model|operations|seed): ?(.*)")  # our environment
 VERSIONS = (  # of modded-nanogpt's environment
     re.compile(r"Running Python (?P<python>\S+)"),
     re.compile(r"Running py?torch (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)", re.I),
