@@ -46,18 +46,26 @@ def assert_close(out, expected, tolerance):
     assert error(out, expected) <= tolerance, f"relative error {error(out, expected):.2e} is above {tolerance:.0e}"
 
 
+def assert_symmetric(x):
+    """To the bit on a GPU. In the interpreter NumPy multiplies, and not every BLAS makes a symmetric tile of x x'."""
+    if DEVICE == "cuda":
+        assert torch.equal(x, x.mT)
+    else:
+        assert_close(x, x.mT.double(), 1e-6 if x.dtype == F32 else TOLERANCE[x.dtype] / 2)
+
+
 def assert_products_match(shape, dtype, seed=0):
     x = matrices(shape, dtype, seed)
     square = (shape[0], min(shape[1:]), min(shape[1:]))
     poison(square, dtype=dtype)
     gram = tk.gram.kernel(x)
     assert gram.dtype == dtype and gram.shape == square
-    assert torch.equal(gram, gram.mT)
+    assert_symmetric(gram)
     assert_close(gram, tk.gram_reference(x.double()), TOLERANCE[dtype])
     poison(square, dtype=dtype)
     step = tk.gram.kernel(gram, 0.7, -1.3)
     assert step.dtype == dtype and step.shape == square
-    assert torch.equal(step, step.mT)
+    assert_symmetric(step)
     assert_close(step, tk.gram_reference(gram.double(), 0.7, -1.3), TOLERANCE[dtype])
 
 
