@@ -62,6 +62,9 @@ def test_weights_agree_to_rounding_and_are_the_same_on_every_process(runs):
     for size in SIZES[1:]:
         for name, weight in results[1][0]["weights"].items():
             theirs = results[size][0]["weights"][name]
+            if not weight.is_floating_point():  # tables of tokens
+                assert torch.equal(theirs, weight), (size, name)
+                continue
             assert (theirs - weight).norm() <= tolerance * weight.norm(), (size, name)
             for result in results[size][1:]:
                 assert torch.equal(result["weights"][name], theirs), (size, name)

@@ -278,6 +278,7 @@ def test_two_copies_of_the_trainer_have_equal_losses(project, capsys):
         (project / name).mkdir()
         for script in ("train_gpt.py", "triton_kernels.py"):
             shutil.copy(ROOT / script, project / name)
+    shutil.copy(ROOT / "data/gpt2_tokens.npz", project / "data")
     write_shard(project / "data/train_0.bin", random_stream(0, 20_000))
     write_shard(project / "data/val_0.bin", random_stream(1, 2000))
     code = main(["race", "one", "two", "-n", "2", "preset=smoke", "stop_after=2", "val_every=0", "val_tokens=512",
