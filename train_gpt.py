@@ -16,9 +16,7 @@ import datetime
 import difflib
 import functools
 import glob
-import hashlib
 import itertools
-import json
 import math
 import os
 import platform
@@ -40,20 +38,35 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import triton_kernels
+from runtime import (
+    Checkpoints,
+    Clock,
+    Console,
+    Log,
+    UserError,
+    Watch,
+    device_sync,
+    fail,
+    file_hash,
+    finish_log,
+    gpu_description,
+    leave,
+    peak_host_mib,
+    read_checkpoint,
+    shell,
+    start_reading,
+    told,
+)
 from triton_kernels import Kernels, documents
 
-ROOT = Path(__file__).resolve().parent
-SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("train_gpt.py", "triton_kernels.py")}
+ROOT = Path(__file__).resolve().parent  # paths count from here
+FILES = ("train_gpt.py", "triton_kernels.py", "runtime.py")
+SOURCES = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES}
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256  # the format of kjj0/fineweb10B-gpt2
 BOS = 50256  # GPT-2's end-of-text token; it stands before every document
 VOCAB = 50257
-
-
-class UserError(Exception):
-    """A mistake the user can mend: one sentence with the value and the remedy, printed without a traceback."""
 
 
 # ==================== Configuration: tables ====================
@@ -197,7 +210,10 @@ class Config:
     val_every: int = knob(250, "steps between validations; 0: only at the end")
     log_every: int = knob(10, "steps between train_loss lines")
     token_tables: str = knob("data/gpt2_tokens.npz", "what is known of each token; data/gpt2_tokens.py makes it")
-    log_dir: str = knob("records/runs", "where logs are written")
+    log_dir: str = knob("records/runs", "where logs are written, and checkpoints beside them")
+    save_every: int = knob(0, "steps between checkpoints, even; the last step has one too; 0: none")
+    keep: int = knob(2, "newest checkpoints of the run that stay; 0: all")
+    resume: str = knob("", "checkpoint to go on from, with the options of its run; also on another number of GPUs")
     slices: int = knob(8, "slices (micro-batches) a step; 16 halves their memory and moves where documents are cut")
     dtype: str = knob("auto", "auto (bfloat16 on a GPU, float32 else), bfloat16, float32 or float64")
     fp8: str = knob("auto", "FP8 head: auto (compute capability 8.9 and up), on or off")
@@ -276,7 +292,8 @@ def check_config(cfg: Config) -> None:
 
     for key in ("trials", "steps", "val_tokens", "val_slice_tokens", "log_every", "slices", "final_window"):
         need(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
-    for key in ("extension", "stop_after", "val_every", "seed", "momentum_warmup", "momentum_cooldown"):
+    for key in ("extension", "stop_after", "val_every", "seed", "momentum_warmup", "momentum_cooldown", "save_every",
+                "keep"):
         need(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
     for key in ("lr_normuon", "lr_adam", "lr_floor"):
         need(math.isfinite(getattr(cfg, key)) and getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must be a finite "
@@ -289,6 +306,11 @@ def check_config(cfg: Config) -> None:
                          ("kernels", triton_kernels.MODES), ("compile", ("auto", "on", "off"))):
         need(getattr(cfg, key) in choices, f"{key}={getattr(cfg, key)!r} is not one of {', '.join(choices)}")
     need(cfg.slices % 8 == 0, f"slices={cfg.slices} does not divide among 8 processes: take 8, 16 or 32")
+    need(cfg.save_every % 2 == 0, f"save_every={cfg.save_every} is odd, and Adam gathers the gradients of two steps: "
+         f"take save_every={cfg.save_every + 1}")
+    need(not cfg.save_every or cfg.last_step % 2 == 0 or cfg.last_step == cfg.total_steps, f"stop_after="
+         f"{cfg.stop_after} is odd, and no run could go on from its checkpoint: take {cfg.last_step + 1}")
+    need(not cfg.resume or cfg.trials == 1, f"resume= goes on with one run, not trials={cfg.trials}: leave one out")
     for stage in cfg.stages:
         need(stage.tokens % cfg.slices == 0, f"a batch of {stage.tokens} tokens does not divide into slices="
              f"{cfg.slices} equal slices: take slices=8")
@@ -496,13 +518,15 @@ class GPT(nn.Module):
     attn_bank: (4A padded, D, D), rows Q K V O of each attention layer; mlp_bank: (2L padded, F, D), up and down, the
     latter transposed. Matrices and tables have `dtype`; the packed small parameters are at least float32."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, kernels: Kernels, tables: tuple[Tensor, Tensor]):
+    def __init__(self, shape: Shape, dtype: torch.dtype, kernels: Kernels, tables: tuple[Tensor, Tensor],
+                 processes: int = 8):
         super().__init__()
         self.shape, self.kernels = shape, kernels
         self.small_shapes = small_shapes(shape)
-        sizes = {  # banks are padded so that 8 processes hold equal shares
-            "attn_bank": (-(-4 * len(shape.attn_layers) // 8) * 8, shape.dim, shape.dim),
-            "mlp_bank": (-(-2 * len(shape.layers) // 8) * 8, shape.mlp_dim, shape.dim),
+        share = max(8, processes)
+        sizes = {  # banks are padded so that the processes hold equal shares
+            "attn_bank": (-(-4 * len(shape.attn_layers) // share) * share, shape.dim, shape.dim),
+            "mlp_bank": (-(-2 * len(shape.layers) // share) * share, shape.mlp_dim, shape.dim),
             "value_embeds": (len(shape.value_layers) * shape.vocab, shape.dim),
             "bigram_embed": (shape.bigram_rows, shape.dim),
             "head": (shape.vocab, shape.dim),
@@ -528,7 +552,8 @@ class GPT(nn.Module):
 
         for parameter in self.parameters():
             parameter.zero_()
-        for bank in (self.attn_bank, self.mlp_bank[::2]):  # the way down starts at zero
+        attn, mlp = (-(-rows // 8) * 8 for rows in (4 * len(self.shape.attn_layers), 2 * len(self.shape.layers)))
+        for bank in (self.attn_bank[:attn], self.mlp_bank[:mlp:2]):  # the way down starts at zero
             fill(bank, bound=0.5 * (3 / self.shape.dim) ** 0.5)  # standard deviation 0.5 / sqrt(dim)
         fill(self.head, deviation=0.005)
         for table in self.value_embeds.split(self.shape.vocab):
@@ -681,6 +706,7 @@ def adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Ten
 
 
 DONE = SimpleNamespace(wait=lambda: None)  # the handle of a collective among one process
+ALONE = SimpleNamespace(begin=lambda: None, working=lambda: None, end=lambda: None, busy=contextlib.nullcontext)
 
 
 class World(NamedTuple):
@@ -688,22 +714,26 @@ class World(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    watch: Watch | SimpleNamespace = ALONE
 
     def reduce_scatter(self, full: Tensor):
         """Sum over processes; each gets its share of the first dimension."""
         if self.size == 1:
             return full, DONE
+        self.watch.begin()
         share = torch.empty_like(full[:full.size(0) // self.size])
         call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
         return share, call(share, full.contiguous(), async_op=True)
 
     def all_reduce(self, full: Tensor):
+        self.watch.begin()
         return full, DONE if self.size == 1 else dist.all_reduce(full, async_op=True)
 
     def all_gather(self, full: Tensor):
         """Every process's share of `full` to all, in place."""
         if self.size == 1:
             return DONE
+        self.watch.begin()
         call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         return call(full, self.share(full), async_op=True)
 
@@ -772,6 +802,11 @@ class Optimizer:
             tensor.zero_()
         for p in self.params.values():
             p.grad = None
+
+    def is_share(self, name: str) -> bool:
+        """Whether a tensor of this process's state is its share of a larger one."""
+        parameter, _, key = name.partition(".")
+        return self.world.size > 1 and key not in ("", "count") and parameter != "small"
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}.{key}": tensor for name, state in self.state.items() for key, tensor in state.items()}
@@ -888,6 +923,7 @@ def shard_tokens(path: Path) -> int:
 
 
 class Shard(NamedTuple):
+    checksum: int        # sum of its 64-bit words
     tokens: np.ndarray   # (N,) uint16
     starts: np.ndarray   # (M,) int64, position of each document's BOS
     lengths: np.ndarray  # (M,) int64
@@ -906,7 +942,9 @@ def read_shard(path: Path, first: bool = True) -> Shard:
     if first and not len(starts):
         raise UserError(f"shard {os.path.relpath(path, ROOT)} holds no document start (token {BOS}): "
                         "tokenise it again with that token before each document")
-    return Shard(tokens, starts, np.diff(starts, append=count))
+    whole = tokens[:len(tokens) // 4 * 4]
+    checksum = int(whole.view("<u8").sum()) + int(tokens[len(whole):].sum(dtype=np.uint64))
+    return Shard(checksum, tokens, starts, np.diff(starts, append=count))
 
 
 class OutOfTokens(Exception):
@@ -918,8 +956,9 @@ class DocumentStream:
 
     It does not know of processes: all of them take the same slices in the same order and keep those they train on."""
 
-    def __init__(self, files: list[Path]):
-        self.files, self.opened = files, 0
+    def __init__(self, files: list[Path], checksums: tuple[int, ...] = ()):
+        """checksums: of the first files, as they were before; a shard that has another is refused."""
+        self.files, self.opened, self.expected, self.checksums = files, 0, checksums, []
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="shard")
         self.upcoming = self.reader.submit(read_shard, files[0])
         self.shard, self.document, self.sums = None, 0, {}
@@ -929,6 +968,10 @@ class DocumentStream:
         if self.upcoming is None:
             raise OutOfTokens
         self.shard, self.document, self.sums = self.upcoming.result(), 0, {}
+        self.checksums.append(self.shard.checksum)
+        if self.expected[self.opened:self.opened + 1] not in ((), (self.shard.checksum,)):
+            raise UserError(f"shard {os.path.relpath(self.files[self.opened], ROOT)} is not what it was when it was "
+                            "checked: it was changed or damaged since; fetch it again")
         self.opened += 1
         self.upcoming = (self.reader.submit(read_shard, self.files[self.opened], first=False)
                          if self.opened < len(self.files) else None)
@@ -966,6 +1009,14 @@ class Plan(NamedTuple):
     shards: int                # training shards that the run opens
     documents: list[int]       # most documents in a slice, for each stage
     tokens: int                # tokens the network trains on
+    checksums: tuple[int, ...]  # of those shards
+
+
+def skip(cfg: Config, stream: DocumentStream, step: int) -> int:
+    """Takes a step's tokens from the stream and drops them; returns the most documents in one of its slices."""
+    stage = cfg.stages[stage_at(cfg, step)]
+    return max(len(stream.take(stage.tokens // cfg.slices + 1, stage.max_doc, want=False)[1])
+               for _ in range(cfg.slices))
 
 
 def plan_run(cfg: Config, files: list[Path]) -> Plan:
@@ -974,9 +1025,7 @@ def plan_run(cfg: Config, files: list[Path]) -> Plan:
     try:
         for step in range(cfg.last_step):
             i = stage_at(cfg, step)
-            for _ in range(cfg.slices):
-                _, starts = stream.take(cfg.stages[i].tokens // cfg.slices + 1, cfg.stages[i].max_doc, want=False)
-                documents[i] = max(documents[i], len(starts))
+            documents[i] = max(documents[i], skip(cfg, stream, step))
             trained += cfg.stages[i].tokens
     except OutOfTokens:
         ends = [min(end, cfg.last_step) for end in stage_ends(cfg)]
@@ -989,7 +1038,7 @@ def plan_run(cfg: Config, files: list[Path]) -> Plan:
                         f"{cfg.train_files!r}: {more_shards(cfg, needed)} or shorten it with stop_after=") from None
     finally:
         stream.close()
-    return Plan(stream.opened, documents, trained)
+    return Plan(stream.opened, documents, trained, tuple(stream.checksums))
 
 
 def seqlens(starts: np.ndarray, total: int, rows: int) -> np.ndarray:
@@ -1007,16 +1056,21 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches of this process, step after step, made and copied to the device two steps ahead on a thread."""
+    """Batches of this process from a step on, made and copied to the device two steps ahead on a thread.
 
-    def __init__(self, cfg: Config, world: World, files: list[Path], plan: Plan, ahead: int = 2):
-        self.cfg, self.world, self.plan, self.stream = cfg, world, plan, DocumentStream(files)
+    position: (shards opened, documents of the last one taken) after the batches given so far."""
+
+    def __init__(self, cfg: Config, world: World, files: list[Path], plan: Plan, first: int = 0, ahead: int = 2):
+        self.cfg, self.world, self.plan, self.stream = cfg, world, plan, DocumentStream(files, plan.checksums)
+        for step in range(first):
+            skip(cfg, self.stream, step)
+        self.position = self.stream.opened, self.stream.document
         self.copies = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
         self.maker = ThreadPoolExecutor(1, thread_name_prefix="batch")
-        self.queue = deque(self.maker.submit(self.make, step) for step in range(min(ahead, cfg.last_step)))
-        self.next_step = len(self.queue)
+        self.next_step = min(first + ahead, cfg.last_step)
+        self.queue = deque(self.maker.submit(self.make, step) for step in range(first, self.next_step))
 
-    def make(self, step: int) -> tuple[list[Batch], torch.cuda.Event | None]:
+    def make(self, step: int) -> tuple[list[Batch], torch.cuda.Event | None, tuple[int, int]]:
         i, batches = stage_at(self.cfg, step), []
         count, max_doc = self.cfg.stages[i].tokens // self.cfg.slices, self.cfg.stages[i].max_doc
         for piece in range(self.cfg.slices):
@@ -1025,18 +1079,19 @@ class Loader:
             if mine:
                 batches.append((tokens, seqlens(starts, count, table_rows(self.plan.documents[i]))))
         batches = [Batch(*(torch.from_numpy(array) for array in batch)) for batch in batches]
+        position = self.stream.opened, self.stream.document
         if self.copies is None:
-            return batches, None
+            return batches, None, position
         with torch.cuda.device(self.world.device), torch.cuda.stream(self.copies):
             batches = [Batch(*(x.pin_memory().to(self.world.device, non_blocking=True) for x in batch))
                        for batch in batches]
             copied = torch.cuda.Event()
             copied.record()
-        return batches, copied
+        return batches, copied, position
 
     def next(self) -> list[Batch]:
         """The slices of the next step."""
-        batches, copied = self.queue.popleft().result()
+        batches, copied, self.position = self.queue.popleft().result()
         if self.next_step < self.cfg.last_step:
             self.queue.append(self.maker.submit(self.make, self.next_step))
             self.next_step += 1
@@ -1084,70 +1139,6 @@ def read_validation(cfg: Config, world: World) -> Validation:
 
 # ==================== Log ====================
 
-class Log:
-    """One text file a run; only rank 0 writes. A write that fails (a full disk) is kept and tried again with the
-    next line, so that what was measured is not lost while the run goes on."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.unwritten, self.failed = path, "", False
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path, "x", buffering=1, encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot write the log {os.path.relpath(path, ROOT)}: {error.strerror}; "
-                                "name a writable folder with log_dir=") from None
-
-    def write(self, text: str) -> None:
-        if self.path is None:
-            return
-        self.unwritten += text + "\n"
-        self.flush()
-
-    def flush(self) -> None:
-        try:
-            if self.file.closed:
-                self.file = open(self.path, "a", buffering=1, encoding="utf-8")
-            self.file.write(self.unwritten)
-            self.file.flush()
-            self.unwritten = ""
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.file.close()  # drops what Python still buffers; the lines are in `unwritten`
-            if not self.failed:
-                tqdm.write(f"warning: cannot write the log ({error.strerror}): its lines are kept in memory until "
-                           "there is space", file=sys.stderr)
-            self.failed = True
-
-    def close(self) -> None:
-        """Raises UserError if lines are still unwritten; they are printed first, so nothing is lost."""
-        if self.path is None:
-            return
-        if self.unwritten:
-            self.flush()
-        if self.unwritten:
-            print(self.unwritten, end="", flush=True)
-            raise UserError(f"the log {os.path.relpath(self.path, ROOT)} could not be completed (disk full?): its "
-                            "last lines are printed above; free some space")
-        self.file.close()
-
-
-def shell(*command: str) -> str:
-    """Output of a command, or a word why there is none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
-        return done.stdout.strip() if done.returncode == 0 else f"({command[0]}: exit {done.returncode})"
-    except (OSError, subprocess.TimeoutExpired):
-        return f"({command[0]}: not available)"
-
-
-def gpu_description(device: torch.device) -> str:
-    if device.type != "cuda":
-        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-
-
 def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
     """Everything needed to run this again: sources, versions, machine, git state, configuration."""
     for name, source in SOURCES.items():
@@ -1163,7 +1154,7 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
     commit, changed = shell("git", "rev-parse", "HEAD"), shell("git", "status", "--short").split("\n")
     log.write(f"git:{commit} changed files:{', '.join(filter(None, changed)) or 'none'}" if "(" not in commit
               else "git:no commit here; the sources above are what ran")
-    log.write(f"token tables:sha256 {hashlib.sha256((ROOT / cfg.token_tables).read_bytes()).hexdigest()}")
+    log.write(f"token tables:sha256 {file_hash(cfg.token_tables)}")
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         rows = value if field.name == "stages" else value.layers if field.name == "shape" else ()
@@ -1176,88 +1167,16 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
         log.write(line)
 
 
-def device_sync(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.is_initialized():  # the check of the shards comes before any GPU is touched
-        torch.cuda.synchronize(device)
-
-
-class Clock:
-    """The training clock and the named regions outside it, all in seconds, read with the device idle."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.trained, self.started, self.untimed = device, 0.0, None, {}
-
-    def start(self) -> None:
-        device_sync(self.device)
-        self.started = time.perf_counter()
-
-    def stop(self) -> None:
-        device_sync(self.device)
-        self.trained += time.perf_counter() - self.started
-        self.started = None
-
-    def read(self) -> float:
-        """Training time so far, without waiting for the device."""
-        return self.trained + (time.perf_counter() - self.started if self.started is not None else 0.0)
-
-    @contextlib.contextmanager
-    def region(self, name: str):
-        """Time outside the training clock, added up under a name."""
-        device_sync(self.device)
-        begin = time.perf_counter()
-        yield
-        device_sync(self.device)
-        self.untimed[name] = self.untimed.get(name, 0.0) + time.perf_counter() - begin
-
-
-class Console:
-    """What rank 0 shows: a tqdm bar on a terminal, a plain line now and then elsewhere."""
-
-    def __init__(self, cfg: Config, rank: int):
-        self.cfg, self.quiet = cfg, rank != 0
-        self.bar, self.loss = None, "..."
-        self.every = max(cfg.log_every, cfg.last_step // 20)
-
-    def say(self, text: str) -> None:
-        if self.quiet:
-            return
-        try:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough; the run and its log go on
-            sys.stdout, self.quiet = open(os.devnull, "w"), True
-
-    def start(self) -> None:
-        if not self.quiet and sys.stderr.isatty():
-            self.bar = tqdm(total=self.cfg.last_step, unit="step", dynamic_ncols=True)
-
-    def step(self, step: int, tokens: int, seconds: float) -> None:
-        """After step number `step` (from 1), `tokens` tokens and `seconds` of training."""
-        rate = tokens / max(seconds, 1e-9)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {self.loss}, {rate:,.0f} tok/s", refresh=False)
-            self.bar.update(step - self.bar.n)
-        elif not self.quiet and step % self.every == 0:
-            left = seconds / step * (self.cfg.last_step - step)
-            self.say(f"step {step}/{self.cfg.last_step}  train_loss {self.loss}  {rate:,.0f} tok/s  "
-                     f"{seconds:.1f} s, about {left:.0f} s left")
-
-    def stop(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-
 # ==================== Train ====================
 
 class Trainer:
     """A model, its optimizer and the one train_step and the one evaluate that warm-up, trials and the run all use."""
 
     def __init__(self, cfg: Config, world: World):
-        self.cfg, self.world = cfg, world
+        self.cfg, self.world, self.phase = cfg, world, "model and optimizer"
         self.dtype, kernels, self.kinds, self.fp8 = choose(cfg, world.device)
         self.compiled = {"on": True, "off": False, "auto": world.device.type == "cuda"}[cfg.compile]
-        self.model = GPT(cfg.shape, self.dtype, kernels, read_token_tables(cfg)).to(world.device)
+        self.model = GPT(cfg.shape, self.dtype, kernels, read_token_tables(cfg), world.size).to(world.device)
         self.optimizer = Optimizer(self.model, cfg, world, self.compiled)
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
@@ -1289,11 +1208,12 @@ class Trainer:
     def train_step(self, step: int, batches: list[Batch]) -> Tensor:
         """Forward, backward and update on this process's slices; returns its share of the loss, a device scalar in
         nats (the mean over tokens and multi-token weights)."""
-        stage, weights = stage_at(self.cfg, step), target_weights(self.cfg, step)
+        self.phase, stage, weights = "training", stage_at(self.cfg, step), target_weights(self.cfg, step)
         view, max_doc = stage_view(self.cfg, stage), self.cfg.stages[stage].max_doc
         on_device = torch.tensor(weights).to(self.world.device, non_blocking=True)
         total = 0.0
         for batch in batches:
+            self.world.watch.begin()
             loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary[stage], view, on_device, self.fp8)
             (loss / self.cfg.slices).backward()
             total = total + loss.detach()
@@ -1303,10 +1223,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, step: int, validation: Validation) -> float:
         """Mean next-token loss in nats over the validation tokens of all processes."""
-        stage = stage_at(self.cfg, min(step, self.cfg.total_steps - 1))
+        self.phase, stage = "validation", stage_at(self.cfg, min(step, self.cfg.total_steps - 1))
         view = stage_view(self.cfg, stage, final=step == self.cfg.total_steps)
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for tokens, cu_seqlens in validation.slices:
+            self.world.watch.begin()
             tokens, cu_seqlens = tokens.to(self.world.device), cu_seqlens.to(self.world.device)
             x = self.hidden(tokens[:-1], cu_seqlens, validation.max_doc, *self.rotary[stage], view)
             for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True):
@@ -1315,8 +1236,41 @@ class Trainer:
         return total.item() / self.cfg.val_tokens
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that training changes."""
+        """Every tensor that training changes, as this process holds it."""
         return {**dict(self.model.named_parameters()), **self.optimizer.tensors()}
+
+    @torch.no_grad()
+    def save(self) -> dict[str, Tensor]:
+        """The whole state on the host of rank 0, {} elsewhere; all processes must ask for it together."""
+        whole = {}
+        for name, tensor in self.state().items():
+            if self.optimizer.is_share(name):
+                full = tensor.new_empty((self.world.size * len(tensor), *tensor.shape[1:]))
+                self.world.share(full).copy_(tensor)
+                self.world.all_gather(full.view(torch.uint8)).wait()  # NCCL knows no int16
+                tensor = full
+            if self.world.rank == 0:
+                whole[name] = tensor.detach().cpu()
+        return whole
+
+    @torch.no_grad()
+    def load(self, whole: dict[str, Tensor]) -> None:
+        """Takes what `save` gave, on any number of processes. Raises UserError where it is another model's."""
+        self.reset(self.cfg.seed)
+        mine = self.state()
+        if differ := sorted(whole.keys() ^ mine.keys()):
+            raise UserError(f"resume={self.cfg.resume} is of another model, it differs in {', '.join(differ)}: take "
+                            "the preset and options of its run")
+        for name, tensor in mine.items():
+            saved, begin = whole[name], self.world.rank * len(tensor) if self.optimizer.is_share(name) else 0
+            if saved.dtype != tensor.dtype or saved.shape[1:] != tensor.shape[1:]:
+                raise UserError(f"resume={self.cfg.resume} is of another model, its {name} is {saved.dtype} of "
+                                f"{tuple(saved.shape)}: take the preset and options of its run")
+            if tensor.dim() == 0:
+                tensor.copy_(saved)
+            else:  # banks may have other rows of padding
+                saved = saved[begin:begin + len(tensor)]
+                tensor[:len(saved)].copy_(saved)
 
     @torch.no_grad()
     def warm_up(self, plan: Plan, validation: Validation, console: Console) -> None:
@@ -1384,86 +1338,151 @@ def choose(cfg: Config, device: torch.device) -> tuple[torch.dtype, Kernels, dic
     return dtype, *choose_kernels(cfg, capability, dtype), choose_fp8(cfg, capability, dtype)
 
 
-def run_trial(trainer: Trainer, cfg: Config, files: list[Path], plan: Plan, validation: Validation, clock: Clock,
-              console: Console, log: Log, seed: int) -> dict:
-    """Trains once, from the seed's initial weights to the last validation, and returns the result."""
-    world, steps = trainer.world, cfg.last_step
-    with clock.region("initial weights"):
-        trainer.reset(seed)
-        pending, trained_tokens, val_loss = deque(), 0, float("nan")
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(world.device)
-        world.barrier()
-    begin = time.perf_counter()
-    clock.start()  # inside the clock: everything from here on, the reading of every shard included, except validation
-    loader = Loader(cfg, world, files, plan)
-    console.start()
-    for step in range(steps + 1):
-        if step == steps or (cfg.val_every and step % cfg.val_every == 0):
-            clock.stop()
-            flush_losses(pending, log, console, wait=True)
-            with clock.region("validation"):
-                val_loss = trainer.evaluate(step, validation)
-            line = (f"step:{step}/{cfg.total_steps} val_loss:{val_loss:.4f} train_time:{1e3 * clock.read():.0f}ms "
-                    f"step_avg:{1e3 * clock.read() / max(step, 1):.2f}ms")
-            log.write(line)
-            console.say(line)
-            if not math.isfinite(val_loss):
-                raise UserError(diverged(cfg, "val_loss", val_loss, step))
-            if step == steps:
-                break
-            clock.start()
-        loss = trainer.train_step(step, loader.next())
-        trained_tokens += cfg.stages[stage_at(cfg, step)].tokens
-        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-            pending.append((step + 1, clock.read(), *start_reading(world, loss)))
-        flush_losses(pending, log, console)
-        console.step(step + 1, trained_tokens, clock.read())
-    total = time.perf_counter() - begin
-    loader.close()
-    console.stop()
-    peak = [f(world.device) / 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] \
-        if world.device.type == "cuda" else [peak_host_mib()] * 2
-    return {"val_loss": round(val_loss, 6), "train_time_ms": round(1e3 * clock.read()),
-            "first_step_to_last_validation_ms": round(1e3 * total), "step_avg_ms": round(1e3 * clock.read() / steps, 3),
-            "steps": steps, "scheduled_steps": cfg.total_steps, "tokens": trained_tokens, "seed": seed,
-            "preset": cfg.preset, "processes": world.size, "hardware": f"{world.size}x {gpu_description(world.device)}",
-            "peak_memory_allocated_mib": round(peak[0]), "peak_memory_reserved_mib": round(peak[1])}
+# What a checkpoint holds. Nothing is drawn after the initial weights, so there is no generator's state.
+SAVED = {"step": int, "train_time": float, "total_time": float, "tokens": int, "val_loss": float, "position": tuple,
+         "state": dict, "sources": dict, "config": dict, "checksums": tuple, "token_tables": str}
+FIXED = ("seed", "steps", "slices", "dtype", "shape", "stages")  # what a run cannot change on its way
 
 
-def peak_host_mib() -> float:
-    import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+def describe_config(cfg: Config, dtype: torch.dtype) -> dict:
+    """Every setting as a plain value, for a checkpoint."""
+    return {**{name: getattr(cfg, name) for name in option_fields()}, "dtype": str(dtype).removeprefix("torch."),
+            "shape": str(cfg.shape), "stages": str(cfg.stages)}
 
 
-def start_reading(world: World, loss: Tensor):
-    """Sums the loss over processes and starts its way to the host, so that no step waits for it."""
-    loss = loss.clone()
-    world.all_reduce(loss)[1].wait()
-    if world.device.type != "cuda":
-        return loss, None
-    host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived
+def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list[str]]:
+    """The checkpoint to go on from, {} for none, and what differs from its run. Raises UserError where this run cannot
+    go on from it."""
+    if not cfg.resume:
+        return {}, []
+    saved, now = read_checkpoint(ROOT / cfg.resume, SAVED), describe_config(cfg, dtype)
+    for key in FIXED:
+        if saved["config"].get(key) != now[key]:
+            raise UserError(f"resume={cfg.resume} was trained with {key}={saved['config'].get(key)}, this run has "
+                            f"{key}={now[key]}: " + ("take its preset" if key in ("shape", "stages") else
+                                                     f"give {key}={saved['config'].get(key)}"))
+    if saved["step"] > cfg.last_step or saved["step"] % 2 and saved["step"] < cfg.last_step:
+        raise UserError(f"resume={cfg.resume} is at step {saved['step']}, this run ends at {cfg.last_step}: take "
+                        "an earlier checkpoint, or raise stop_after=")
+    pairs = zip(saved["checksums"], plan.checksums, strict=False)
+    for path, (before, checksum) in zip(find_shards(cfg, "train_files"), pairs, strict=False):
+        if before != checksum:
+            raise UserError(f"shard {os.path.relpath(path, ROOT)} is not the one that resume={cfg.resume} was trained "
+                            "on: give that run's train_files=")
+    unlike = [f"{key}={now[key]} (was {saved['config'].get(key)})" for key in now
+              if key.startswith(("lr_", "cooldown", "momentum", "extension", "fp8", "kernels"))
+              and saved["config"].get(key) != now[key]]
+    unlike += ["another token table"] * (saved["token_tables"] != file_hash(cfg.token_tables))
+    unlike += [f"another {name}" for name in FILES if saved["sources"].get(name) != SOURCES[name]]
+    return saved, [f"resumed:{cfg.resume} at step {saved['step']}, with {', '.join(unlike) or 'its settings'}"]
 
 
-def diverged(cfg: Config, what: str, loss: float, step: int) -> str:
-    return (f"{what} is {loss} at step {step}: the run has diverged; lower lr_normuon= (now {cfg.lr_normuon}) or "
-            f"lr_adam= (now {cfg.lr_adam})")
+class Trial:
+    """One run, from the seed's initial weights or a checkpoint to the last validation: the clock, the log and the
+    console around the trainer's steps."""
 
+    def __init__(self, trainer: Trainer, plan: Plan, clock: Clock, console: Console, log: Log, seed: int, saved: dict):
+        self.trainer, self.cfg, self.world, self.plan = trainer, trainer.cfg, trainer.world, plan
+        self.clock, self.console, self.log, self.seed, self.saved = clock, console, log, seed, saved
+        self.checkpoints = Checkpoints(log.path, self.cfg.keep, self.cfg.resume)
+        self.first, self.tokens, self.total, self.val_loss, self.pending = 0, 0, 0.0, float("nan"), deque()
 
-def flush_losses(pending: deque, log: Log, console: Console, wait: bool = False) -> None:
-    """Writes the train_loss lines whose losses have arrived."""
-    while pending and (wait or pending[0][3] is None or pending[0][3].query()):
-        step, seconds, loss, arrived = pending.popleft()
-        if arrived is not None:
-            arrived.synchronize()
-        console.loss = f"{loss.item():.4f}"
-        log.write(f"step:{step}/{console.cfg.total_steps} train_loss:{console.loss} train_time:{1e3 * seconds:.0f}ms")
-        if not math.isfinite(loss.item()):
-            raise UserError(diverged(console.cfg, "train_loss", loss.item(), step))
+    def run(self, files: list[Path], validation: Validation) -> dict:
+        """Trains once and returns the result."""
+        cfg, clock, steps, watch = self.cfg, self.clock, self.cfg.last_step, self.world.watch
+        with clock.region("initial weights"), watch.busy():
+            self.trainer.reset(self.seed)
+            if self.saved:
+                self.trainer.load(self.saved["state"])
+                self.first, clock.trained, self.total, self.tokens = (
+                    self.saved[key] for key in ("step", "train_time", "total_time", "tokens"))
+            if self.world.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.world.device)
+            self.world.barrier()
+        self.begin = time.perf_counter() - self.total
+        clock.start()  # inside the clock: all from here on, the reading of every shard included, but validation and
+        loader = Loader(cfg, self.world, files, self.plan, self.first)  # checkpoints
+        if self.saved and loader.position != self.saved["position"]:
+            raise UserError(f"resume={cfg.resume} had read to {self.saved['position']} in the shards, this run to "
+                            f"{loader.position}: take the shards and the options of its run")
+        self.console.start(self.first)
+        watch.working()
+        for step in range(self.first, steps + 1):
+            last = step == steps
+            validate = last or (cfg.val_every and step % cfg.val_every == 0)
+            save = cfg.save_every and step > self.first and (last or step % cfg.save_every == 0)
+            if validate or save:
+                clock.stop()
+                self.flush(wait=True)
+                if validate:
+                    self.validate(step, validation)
+                if save:
+                    self.save(step, loader.position)
+                if last:
+                    break
+                clock.start()
+            loss = self.trainer.train_step(step, loader.next())
+            self.tokens += cfg.stages[stage_at(cfg, step)].tokens
+            if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
+                self.pending.append((step + 1, clock.read(), *start_reading(self.world, loss)))
+            self.flush()
+            self.console.step(step + 1, self.tokens, clock.read())
+        self.total = time.perf_counter() - self.begin
+        loader.close()
+        self.console.stop()
+        return self.result()
+
+    def validate(self, step: int, validation: Validation) -> None:
+        with self.clock.region("validation"):
+            self.val_loss = self.trainer.evaluate(step, validation)
+        milliseconds = 1e3 * self.clock.read()
+        self.say(f"step:{step}/{self.cfg.total_steps} val_loss:{self.val_loss:.4f} train_time:{milliseconds:.0f}ms "
+                 f"step_avg:{milliseconds / max(step, 1):.2f}ms")
+        self.stop_if_diverged("val_loss", self.val_loss, step)
+
+    def save(self, step: int, position: tuple[int, int]) -> None:
+        """A checkpoint of all processes' state, after an even number of steps or the last."""
+        with self.clock.region("checkpoints"), self.world.watch.busy():
+            state = self.trainer.save()
+            line = self.checkpoints.save(step, dict(
+                step=step, train_time=self.clock.read(), total_time=time.perf_counter() - self.begin,
+                tokens=self.tokens, val_loss=self.val_loss, position=position, state=state, sources=SOURCES,
+                config=describe_config(self.cfg, self.trainer.dtype) | {"seed": self.seed},
+                checksums=self.plan.checksums[:position[0]], token_tables=file_hash(self.cfg.token_tables)))
+            self.world.barrier()
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        self.log.write(line)
+        self.console.say(line)
+
+    def stop_if_diverged(self, what: str, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise UserError(f"{what} is {loss} at step {step}: the run has diverged; lower lr_normuon= (now "
+                            f"{self.cfg.lr_normuon}) or lr_adam= (now {self.cfg.lr_adam})")
+
+    def flush(self, wait: bool = False) -> None:
+        """Writes the train_loss lines whose losses have arrived."""
+        while self.pending and (wait or self.pending[0][3] is None or self.pending[0][3].query()):
+            step, seconds, loss, arrived = self.pending.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            self.console.loss = f"{loss.item():.4f}"
+            self.log.write(f"step:{step}/{self.cfg.total_steps} train_loss:{self.console.loss} "
+                           f"train_time:{1e3 * seconds:.0f}ms")
+            self.stop_if_diverged("train_loss", loss.item(), step)
+
+    def result(self) -> dict:
+        cfg, world, steps, seconds = self.cfg, self.world, self.cfg.last_step, self.clock.read()
+        peak = [f(world.device) / 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] \
+            if world.device.type == "cuda" else [peak_host_mib()] * 2
+        return {"val_loss": round(self.val_loss, 6), "train_time_ms": round(1e3 * seconds),
+                "first_step_to_last_validation_ms": round(1e3 * self.total),
+                "step_avg_ms": round(1e3 * seconds / steps, 3), "steps": steps, "scheduled_steps": cfg.total_steps,
+                "tokens": self.tokens, "seed": self.seed, **({"resumed_at": self.first} if self.first else {}),
+                "preset": cfg.preset, "processes": world.size,
+                "hardware": f"{world.size}x {gpu_description(world.device)}",
+                "peak_memory_allocated_mib": round(peak[0]), "peak_memory_reserved_mib": round(peak[1])}
 
 
 # ==================== main ====================
@@ -1475,9 +1494,9 @@ def start_world(cfg: Config) -> World:
     if not all(text.isdecimal() for text in given.values()) or int(given["WORLD_SIZE"]) < 1:
         raise UserError(f"the environment has {given}: unset these, or start the run through ./run.sh")
     rank, local_rank, size = map(int, given.values())
-    if cfg.slices % size or 8 % size:
-        raise UserError(f"{size} processes cannot share the 8 slices of a step evenly: start 1, 2, 4 or 8, "
-                        "for example NPROC=4 ./run.sh")
+    if cfg.slices % size or size & (size - 1):
+        raise UserError(f"{size} processes cannot share the {cfg.slices} slices of a step evenly: start 1, 2, 4 or 8, "
+                        "for example NPROC=4 ./run.sh; 16 take slices=16")
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
     if gpus and here > gpus:
         raise UserError(f"{here} processes of this node need a GPU each, {gpus} found: start at most {gpus} processes "
@@ -1485,14 +1504,22 @@ def start_world(cfg: Config) -> World:
     return World(rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
-def connect(world: World) -> None:
-    """Joins the process group; after the checks of the input, so that a mistake costs no GPU time."""
-    if world.device.type == "cuda":
+def connect(world: World) -> World:
+    """Joins the process group; after the checks of the input, so that a mistake costs no GPU time. The world returned
+    watches over the other processes."""
+    cuda = world.device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(world.device)
-    if world.size > 1:
-        cuda = world.device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None,
-                                timeout=datetime.timedelta(minutes=30))  # ranks may compile at unlike speeds
+    if world.size == 1:
+        return world
+    store, *_ = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
+                            device_id=world.device if cuda else None,
+                            timeout=datetime.timedelta(minutes=30))  # ranks may compile at unlike speeds
+    watch = Watch(store, world.rank, world.size)
+    world.barrier()
+    watch.start()
+    return world._replace(watch=watch)
 
 
 def new_log(cfg: Config, world: World) -> Log:
@@ -1504,48 +1531,39 @@ def new_log(cfg: Config, world: World) -> Log:
 
 def train(cfg: Config, world: World) -> None:
     clock = Clock(world.device)
-    console = Console(cfg, world.rank)
+    console = Console(cfg.last_step, cfg.log_every, world.rank)
     with clock.region("check of shards"):
         files = find_shards(cfg, "train_files")
         plan = plan_run(cfg, files)
         validation = read_validation(cfg, world)
         read_token_tables(cfg)
-    choose(cfg, world.device)  # what this machine cannot do, and
+    dtype, *_ = choose(cfg, world.device)  # what this machine cannot do,
+    saved, notes = read_resume(cfg, dtype, plan)  # what this run cannot go on from, and
     log = new_log(cfg, world)  # a folder that cannot be written, are known before the compilation
-    with clock.region("process group and model"):
-        connect(world)
+    results = []
+    with told(cfg, world), clock.region("process group and model"):
+        world = connect(world)
         trainer = Trainer(cfg, world)
     for line in trainer.describe(plan):
         console.say(line)
     log_header(log, cfg, trainer, plan)
-    with clock.region("compilation and warm-up"):
+    with told(cfg, world, trainer), clock.region("compilation and warm-up"):
         trainer.reset(cfg.seed)
         trainer.warm_up(plan, validation, console)
-    results = []
-    for trial in range(cfg.trials):
-        if trial:
+    for k in range(cfg.trials):
+        if k:
             log, clock = new_log(cfg, world), Clock(world.device)
             log_header(log, cfg, trainer, plan)
-        log.write(f"seed:{cfg.seed + trial}")
-        result = run_trial(trainer, cfg, files, plan, validation, clock, console, log, cfg.seed + trial)
-        finish_log(log, clock, console, result)
-        results.append(result)
+        trial = Trial(trainer, plan, clock, console, log, cfg.seed + k, saved)
+        for line in notes:
+            trial.say(line)
+        log.write(f"seed:{trial.seed}")
+        with told(cfg, world, trainer, trial.checkpoints):
+            results.append(trial.run(files, validation))
+        finish_log(log, clock, console, results[-1])
     if cfg.trials > 1:
         losses = np.array([result["val_loss"] for result in results])
         console.say(f"{cfg.trials} trials: val_loss {losses.mean():.4f}, standard deviation {losses.std(ddof=1):.4f}")
-
-
-def finish_log(log: Log, clock: Clock, console: Console, result: dict) -> None:
-    for name, seconds in clock.untimed.items():
-        log.write(f"untimed:{name} {seconds:.1f}s")
-    log.write(f"peak memory:{result['peak_memory_allocated_mib']} MiB allocated, "
-              f"{result['peak_memory_reserved_mib']} MiB reserved")
-    log.write(f"tokens:{result['tokens']}")
-    log.write(json.dumps(result))
-    log.close()
-    if log.path is not None:
-        console.say(f"val_loss {result['val_loss']:.4f} after {result['train_time_ms'] / 1e3:.1f} s of training\n"
-                    f"log: {os.path.relpath(log.path, ROOT)}")
 
 
 def print_help() -> None:
@@ -1559,16 +1577,6 @@ def fetch(cfg: Config, world: World) -> int:
     return subprocess.run([sys.executable, *cfg.fetch.split()[1:]], cwd=ROOT).returncode if own_shards(cfg) else 0
 
 
-def fail(sentence: str, code: int, everywhere: bool = False) -> int:
-    """Prints one sentence and returns code. Of several processes with the same trouble the first speaks: the others
-    wait, and torchrun ends them when it has gone; `everywhere`: the trouble is this process's own."""
-    rank = int(os.environ.get("LOCAL_RANK", 0))
-    if rank and not everywhere:
-        time.sleep(10 + rank)
-    print(f"error: {sentence}", file=sys.stderr, flush=True)
-    return code
-
-
 def main(argv: list[str]) -> int:
     """Runs a command line; returns the exit code. 2: bad input, 3: out of memory."""
     if argv and argv[0] in ("help", "--help", "-h"):
@@ -1579,21 +1587,14 @@ def main(argv: list[str]) -> int:
         cfg = parse_options(argv)
         return command(cfg, start_world(cfg)) or 0
     except UserError as error:
-        return fail(str(error), 2)
-    except torch.OutOfMemoryError:
-        peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_host_mib()
-        return fail(f"out of GPU memory (peak {peak:,.0f} MiB): double slices= (now {cfg.slices}), which halves the "
-                    f"tokens of a micro-batch, or lower val_slice_tokens= (now {cfg.val_slice_tokens}); tokens a step "
-                    "and learning rates stay", 3, everywhere=True)
+        return fail(str(error), error.code, everywhere=error.code != 2)
     except KeyboardInterrupt:
         return fail(f"interrupted; what was logged so far is under {cfg.log_dir}", 130)
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    if code:  # without waiting for the other processes, who may never answer; torchrun ends them
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if code:
+        leave(code)
     if dist.is_initialized():
         dist.destroy_process_group()

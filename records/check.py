@@ -83,7 +83,8 @@ def log_problems(path: Path, readme: str) -> list[str]:
 
 
 def needed_sources(log: Log) -> tuple[str, ...]:
-    """A trainer of one file needs no second."""
+    """A trainer of one file needs no second, one before November 27 no third."""
     source = log.sources.get("train_gpt.py", "")
     alone = log.dialect != "ours" or (source and "import triton_kernels" not in source)
-    return ("train_gpt.py",) if alone else ("train_gpt.py", "triton_kernels.py")
+    return ("train_gpt.py",) if alone else (
+        "train_gpt.py", "triton_kernels.py", *["runtime.py"] * ("\nfrom runtime import" in source))

@@ -12,7 +12,7 @@ from train_gpt import Loader, Trainer
 def main(shards: Path, out: Path, dtype: str) -> None:
     cfg = tiny_config(shards, dtype=dtype)
     world = train_gpt.start_world(cfg)
-    train_gpt.connect(world)
+    world = train_gpt.connect(world)
     files = train_gpt.find_shards(cfg, "train_files")
     plan, validation = train_gpt.plan_run(cfg, files), train_gpt.read_validation(cfg, world)
     trainer, losses, slices = Trainer(cfg, world), [], []

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, random_stream, run_trainer, tiny_config, write_shard
 
+import runtime
 import train_gpt
 
 SMOKE = ("preset=smoke", "stop_after=1", "val_tokens=512", "val_slice_tokens=64")
@@ -284,6 +285,7 @@ DRIVER = """
 import inspect, os, signal, sys, textwrap, time
 from pathlib import Path
 import torch
+import runtime
 import train_gpt
 from conftest import tiny_config
 
@@ -385,7 +387,7 @@ def test_one_process_out_of_memory_speaks_and_takes_the_other_with_it(shards, tm
     done, seconds = run_unlucky("out of memory", 2, shards, tmp_path)
     assert done.returncode != 0 and seconds < 30
     sentences = error_lines(done.stderr)
-    assert len(sentences) == 1 and "slices=" in sentences[0] and "val_slice_tokens=" in sentences[0]
+    assert len(sentences) == 1 and "double slices= (now 8)" in sentences[0]
     assert "Traceback" not in done.stderr.partition("error: ")[0]
     assert "step:1/14 train_loss:" in read_log(tmp_path)
 
@@ -410,17 +412,26 @@ def tiny_run(monkeypatch, shards, tmp_path, capsys):
     return run
 
 
-def test_out_of_memory_names_the_settings_that_help_and_keeps_the_log(tiny_run, monkeypatch, tmp_path):
-    def train_step(trainer, step, batches, real=train_gpt.Trainer.train_step):
+@pytest.mark.parametrize("method, remedy", [("train_step", "double slices= (now 8)"),
+                                            ("evaluate", "halve val_slice_tokens= (now 32)")])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")])
+def test_out_of_memory_names_phase_and_setting(tiny_run, monkeypatch, tmp_path, method, remedy, error):
+    real = getattr(train_gpt.Trainer, method)
+
+    def unlucky(trainer, step, data):
+        result = real(trainer, step, data)
         if step == 2:  # warm-up does not run it
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(trainer, step, batches)
-    monkeypatch.setattr(train_gpt.Trainer, "train_step", train_step)
-    code, _, stderr = tiny_run()
+            raise error
+        return result
+    monkeypatch.setattr(train_gpt.Trainer, method, unlucky)
+    code, _, stderr = tiny_run(val_every=2)
+    phase = "training" if method == "train_step" else "validation"
     assert code == 3
-    assert_one_sentence(stderr, "out of GPU memory", "slices= (now 8)", "val_slice_tokens= (now 32)")
+    assert_one_sentence(stderr, f"out of memory in {phase} (peak ", remedy)
     log = read_log(tmp_path).splitlines()
-    assert log[-1].startswith("step:2/14 train_loss:") and "seed:0" in log
+    assert log[-1].startswith("step:2/14 ") and "seed:0" in log
 
 
 def test_a_run_that_diverges_stops_with_the_rates_to_lower_and_keeps_the_log(tiny_run, tmp_path):
@@ -450,7 +461,7 @@ def full_disk(monkeypatch, opens: float, openable: bool = True) -> None:
         if opened and not openable:
             raise OSError(errno.ESTALE, "Stale file handle")
         return open("/dev/full" if opened < opens else path, "w" if mode == "x" else mode, **how)
-    monkeypatch.setattr(train_gpt, "open", open_log, raising=False)
+    monkeypatch.setattr(runtime, "open", open_log, raising=False)
 
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -125,9 +125,9 @@ def test_the_console_prints_every_validation_line_of_the_log(run):
     assert [line for line in run.console.splitlines() if VALIDATION.fullmatch(line)] == validations
 
 
-def test_the_source_of_both_files_stands_first_byte_for_byte(run):
+def test_the_source_of_every_file_stands_first_byte_for_byte(run):
     rule, expected = b"=" * 100, b""
-    for name in ("train_gpt.py", "triton_kernels.py"):
+    for name in ("train_gpt.py", "triton_kernels.py", "runtime.py"):
         expected += rule + b"\nsource: " + name.encode() + b"\n" + rule + b"\n" + (ROOT / name).read_bytes() + b"\n"
     assert run.logs[0].read_bytes().startswith(expected + rule + b"\nenvironment\n")
 

@@ -276,7 +276,7 @@ def test_two_copies_of_the_trainer_have_equal_losses(project, capsys):
                    cwd=project, check=True)  # which describes no copy
     for name in ("one", "two"):
         (project / name).mkdir()
-        for script in ("train_gpt.py", "triton_kernels.py"):
+        for script in ("train_gpt.py", "triton_kernels.py", "runtime.py"):
             shutil.copy(ROOT / script, project / name)
     shutil.copy(ROOT / "data/gpt2_tokens.npz", project / "data")
     write_shard(project / "data/train_0.bin", random_stream(0, 20_000))

@@ -1,0 +1,469 @@
+"""
+What a run needs around its mathematics: errors as sentences, checkpoints, the watch over the other processes, log,
+clock and console. Knows nothing of the model.
+
+    python runtime.py launch --nproc_per_node=4 train_gpt.py    torchrun, with one sentence in place of its report
+"""
+import atexit
+import contextlib
+import datetime
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent  # paths count from here
+
+
+class UserError(Exception):
+    """What the user can mend: one sentence with the value and the remedy, printed without a traceback; and the exit
+    code, 2: input that is the same for all processes, 3: out of memory, 4: another process is gone."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(sentence)
+        self.code = code
+
+
+def fail(sentence: str, code: int, everywhere: bool = False) -> int:
+    """Prints one sentence and returns code. Of several processes with the same trouble the first speaks: the others
+    wait, and torchrun ends them when it has gone; `everywhere`: the trouble is this process's own."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if rank and not everywhere:
+        time.sleep(10 + rank)
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    return code
+
+
+def leave(code: int) -> None:
+    """Ends this process without waiting for the others, who may never answer; torchrun ends them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ==================== Checkpoints ====================
+
+FORMAT = 1
+
+
+def write_checkpoint(path: Path, contents: dict) -> None:
+    """Writes plain values and CPU tensors beside `path` and renames, so that there is a whole file of that name or
+    none. Raises OSError or, from PyTorch's writer, RuntimeError; the part written is then removed."""
+    part = path.with_name(path.name + ".partial")
+    try:
+        with open(part, "wb") as file:
+            torch.save({"format": FORMAT, **contents}, file)  # a zip file: a CRC-32 for each tensor and for the rest
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+def read_checkpoint(path: Path, needs: dict[str, type]) -> dict:
+    """What write_checkpoint wrote, its tensors mapped to memory, not read yet. No code in the file runs. Raises
+    UserError for a file that is none, is damaged, or has not the entries of `needs`, each of its type."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+            raise ValueError(f"it has not the format {FORMAT} of this version")
+        for name, kind in needs.items():
+            if not isinstance(contents.get(name), kind):
+                raise ValueError(f"its {name} is a {type(contents.get(name)).__name__}, not a {kind.__name__}")
+        return contents
+    except FileNotFoundError:
+        near = sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime)[-1:] if path.parent.is_dir() else []
+        raise UserError(f"there is no checkpoint {path}: " + (f"the newest in that folder is {near[0]}" if near else
+                        "save_every= makes them, beside the log")) from None
+    except Exception as error:  # the archive's, the unpickler's, the file system's: whatever is wrong with the file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} cannot be used as a checkpoint ({reason}): take an earlier one, or train anew") \
+            from None
+
+
+class Checkpoints:
+    """The checkpoints of one run, beside its log and named after it; the newest `keep` stay, 0 keeps all. Only rank 0
+    has a log and writes. resumed: the checkpoint that the run began with."""
+
+    def __init__(self, log: Path | None, keep: int, resumed: str = ""):
+        self.log, self.keep, self.resumed, self.written = log, keep, resumed, []
+
+    @property
+    def newest(self) -> str:
+        """For the sentence of a run that ends: where to go on; "" where nothing was saved."""
+        path = os.path.relpath(self.written[-1]) if self.written else self.resumed
+        return f"go on from its last checkpoint with resume={path}" if path else ""
+
+    def save(self, step: int, contents: dict) -> str:
+        """Writes one and removes what is too old; returns a line for the log. A disk that is full ends no run."""
+        if self.log is None:
+            return ""
+        path = self.log.with_name(f"{self.log.stem}_step{step:06d}.pt")
+        try:
+            write_checkpoint(path, contents)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+            return f"checkpoint: none at step {step}, it could not be written ({reason}): free some space"
+        self.written.append(path)
+        while self.keep and len(self.written) > self.keep:
+            with contextlib.suppress(OSError):
+                self.written.pop(0).unlink()
+        return f"checkpoint:{path.name}"
+
+
+def peak_host_mib() -> float:
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@contextlib.contextmanager
+def told(cfg, world, trainer=None, checkpoints: Checkpoints | None = None):
+    """What stops a run, as one sentence with where it was and how to go on. Raises UserError."""
+    phase = lambda: trainer.phase if trainer else "making the model and its optimizer"  # noqa: E731
+    hint = lambda: f"; {checkpoints.newest}" if checkpoints and checkpoints.newest else ""  # noqa: E731
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}{hint()}", error.code) from None
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
+            raise UserError(out_of_memory(cfg, world.device, phase()) + hint(), 3) from None
+        if world.size > 1 and re.search("gloo|nccl|connection|peer", str(error), re.I):
+            world.watch.wait_for_verdict()
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"rank {world.rank} lost another process in {phase()} ({reason}): see what the others "
+                            "print", 4) from None
+        raise
+
+
+def out_of_memory(cfg, device: torch.device, phase: str) -> str:
+    cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else peak_host_mib()
+    remedy = {"training": f"double slices= (now {cfg.slices}), which halves the tokens of a micro-batch; tokens a step "
+                          "and learning rates stay",
+              "validation": f"halve val_slice_tokens= (now {cfg.val_slice_tokens}), the tokens of a forward pass"}
+    return (f"out of {'GPU ' * cuda}memory in {phase} (peak {peak:,.0f} MiB): "
+            + remedy.get(phase, "take more GPUs with NPROC=, which share the optimizer's state"))
+
+
+# ==================== Several processes ====================
+
+class Watch:
+    """Ends this process when another process of the run is gone: killed, stopped, stuck or cut off from it.
+
+    A thread of each process counts up once a second in the rendezvous store, and reads the others' counts. A process
+    whose count stands still is gone; where the store itself does not answer, this process is cut off. The count goes
+    on where only the main thread is stuck. For that each process tells how many pieces of work it has begun: if all
+    stand still for much longer than any piece took, the one that has begun the fewest keeps the others waiting."""
+    PATIENCE, SLOW = 20, 20  # seconds without a count; as many times the longest piece of work, at least PATIENCE
+
+    def __init__(self, store, rank: int, size: int):
+        self.store, self.rank, self.size = store.clone(), rank, size  # clone: a connection of its own
+        self.store.set_timeout(datetime.timedelta(seconds=self.PATIENCE))
+        self.begun, self.state, self.longest, self.last = 0, "busy", 0.0, time.monotonic()
+        self.answered, self.counts, self.changed, self.lock = time.monotonic(), {}, {}, threading.Lock()
+        self.found, self.ended = threading.Event(), threading.Event()
+        self.threads = [threading.Thread(target=target, daemon=True) for target in (self.exchange, self.judge)]
+        self.publish(0)
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+        atexit.register(self.end)
+
+    def begin(self) -> None:
+        """The main thread begins a piece of work: a forward pass, a collective."""
+        now = time.monotonic()
+        if self.state == "work":
+            self.longest = max(self.longest, now - self.last)
+        self.begun, self.last = self.begun + 1, now
+
+    @contextlib.contextmanager
+    def busy(self):
+        """Work of unknown length: compilation, writing. No process is then taken for stuck while it counts."""
+        state, self.state = self.state, "busy"
+        yield
+        self.state, self.last = state, time.monotonic()
+
+    def working(self) -> None:
+        """From here on pieces of work are alike, but where `busy` says otherwise."""
+        self.state, self.last = "work", time.monotonic()
+
+    def end(self) -> None:
+        """This process has no more to do with the others."""
+        self.state = "done"
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(self.PATIENCE)
+        with contextlib.suppress(Exception):
+            self.publish(-1)
+
+    def publish(self, count: int) -> None:
+        self.store.set(f"watch/{self.rank}", f"{count} {self.begun} {self.state}")
+
+    def exchange(self) -> None:
+        keys, count = [f"watch/{rank}" for rank in range(self.size)], 0
+        while not self.ended.wait(1):
+            count += 1
+            with contextlib.suppress(Exception):  # the store is gone: `judge` sees that it does not answer
+                self.publish(count)
+                counts = [value.decode().split() for value in self.store.multi_get(keys)]
+                with self.lock:
+                    now = self.answered = time.monotonic()
+                    for rank, (tick, begun, state) in enumerate(counts):
+                        for key, value in (("tick", tick), ("begun", begun)):
+                            if self.counts.get((rank, key)) != value:
+                                self.counts[rank, key], self.changed[rank, key] = value, now
+                        self.counts[rank, "state"] = state
+
+    def verdict(self) -> str | None:
+        """Who is gone and how; None if nobody is."""
+        with self.lock:
+            now, others = time.monotonic(), [rank for rank in range(self.size) if (rank, "tick") in self.counts]
+            if now - self.answered > self.PATIENCE:
+                return (f"rank {self.rank} has had no answer from the run's store, on the first node, for "
+                        f"{now - self.answered:.0f} s: that node or the network between is gone")
+            alive = [rank for rank in others if self.counts[rank, "state"] != "done"]
+            for rank in alive:
+                if now - self.changed[rank, "tick"] > self.PATIENCE:
+                    return f"rank {rank} gave no sign of life for {self.PATIENCE} s: it was killed, stopped or cut off"
+            still = min((now - self.changed[rank, "begun"] for rank in alive), default=0)
+            limit = max(self.PATIENCE, self.SLOW * self.longest)
+            if still > limit and all(self.counts[rank, "state"] == "work" for rank in alive):
+                begun = {rank: int(self.counts[rank, "begun"]) for rank in alive}
+                slow = [str(rank) for rank in alive if begun[rank] == min(begun.values())]
+                if len(slow) < len(alive):
+                    return (f"rank {', '.join(slow)} has been stuck for {still:.0f} s, in work that took "
+                            f"{self.longest:.1f} s at most before, and the others wait for it")
+        return None
+
+    def judge(self) -> None:
+        while not self.ended.wait(1):
+            if sentence := self.verdict():
+                self.found.set()
+                leave(fail(f"{sentence}; the run ends; if it had save_every=, go on from its newest checkpoint with "
+                           "resume=", 4))
+
+    def wait_for_verdict(self) -> None:
+        """For a main thread whose collective has failed: the reason is mostly that another process is gone. Returns
+        if nobody is found to be."""
+        time.sleep(self.PATIENCE + 5)
+        if self.found.is_set():
+            time.sleep(60)  # judge is about to end this process
+
+
+def launch(argv: list[str]) -> int:
+    """torchrun, whose report of a failed process becomes one sentence, or none where the process gave its own."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")  # seconds from SIGTERM to SIGKILL for the others
+    try:
+        run.main(argv)
+        return 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode or 1
+        sentence = f"rank {rank} was killed ({failure.signal_name()}): the run ends"
+        if failure.exitcode == -signal.SIGKILL:
+            sentence += "; if nobody killed it, the machine's memory ran out"
+        print(f"error: {sentence}; if the run had save_every=, go on from its newest checkpoint with resume=",
+              file=sys.stderr, flush=True)
+        return 128 - failure.exitcode
+    except (SignalException, KeyboardInterrupt) as error:
+        print("error: interrupted; logs and checkpoints are complete up to here", file=sys.stderr, flush=True)
+        return 128 + getattr(error, "sigval", signal.SIGINT)
+
+
+# ==================== Log, clock, console ====================
+
+class Log:
+    """One text file a run; only rank 0 writes. A write that fails (a full disk) is kept and tried again with the
+    next line, so that what was measured is not lost while the run goes on."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.unwritten, self.failed = path, "", False
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path, "x", buffering=1, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot write the log {os.path.relpath(path, ROOT)}: {error.strerror}; "
+                                "name a writable folder with log_dir=") from None
+
+    def write(self, text: str) -> None:
+        if self.path is None:
+            return
+        self.unwritten += text + "\n"
+        self.flush()
+
+    def flush(self) -> None:
+        try:
+            if self.file.closed:
+                self.file = open(self.path, "a", buffering=1, encoding="utf-8")
+            self.file.write(self.unwritten)
+            self.file.flush()
+            self.unwritten = ""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.close()  # drops what Python still buffers; the lines are in `unwritten`
+            if not self.failed:
+                tqdm.write(f"warning: cannot write the log ({error.strerror}): its lines are kept in memory until "
+                           "there is space", file=sys.stderr)
+            self.failed = True
+
+    def close(self) -> None:
+        """Raises UserError if lines are still unwritten; they are printed first, so nothing is lost."""
+        if self.path is None:
+            return
+        if self.unwritten:
+            self.flush()
+        if self.unwritten:
+            print(self.unwritten, end="", flush=True)
+            raise UserError(f"the log {os.path.relpath(self.path, ROOT)} could not be completed (disk full?): its "
+                            "last lines are printed above; free some space")
+        self.file.close()
+
+
+def shell(*command: str) -> str:
+    """Output of a command, or a word why there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        return done.stdout.strip() if done.returncode == 0 else f"({command[0]}: exit {done.returncode})"
+    except (OSError, subprocess.TimeoutExpired):
+        return f"({command[0]}: not available)"
+
+
+def file_hash(name: str) -> str:
+    return hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+
+
+def gpu_description(device: torch.device) -> str:
+    if device.type != "cuda":
+        return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+
+
+def device_sync(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_initialized():  # the check of the shards comes before any GPU is touched
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """The training clock and the named regions outside it, all in seconds, read with the device idle."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.trained, self.started, self.untimed = device, 0.0, None, {}
+
+    def start(self) -> None:
+        device_sync(self.device)
+        self.started = time.perf_counter()
+
+    def stop(self) -> None:
+        device_sync(self.device)
+        self.trained += time.perf_counter() - self.started
+        self.started = None
+
+    def read(self) -> float:
+        """Training time so far, without waiting for the device."""
+        return self.trained + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+    @contextlib.contextmanager
+    def region(self, name: str):
+        """Time outside the training clock, added up under a name."""
+        device_sync(self.device)
+        begin = time.perf_counter()
+        yield
+        device_sync(self.device)
+        self.untimed[name] = self.untimed.get(name, 0.0) + time.perf_counter() - begin
+
+
+def start_reading(world, loss: torch.Tensor):
+    """Sums the loss over processes and starts its way to the host, so that no step waits for it."""
+    loss = loss.clone()
+    world.all_reduce(loss)[1].wait()
+    if world.device.type != "cuda":
+        return loss, None
+    host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return host, arrived
+
+
+def finish_log(log: Log, clock: Clock, console: "Console", result: dict) -> None:
+    for name, seconds in clock.untimed.items():
+        log.write(f"untimed:{name} {seconds:.1f}s")
+    log.write(f"peak memory:{result['peak_memory_allocated_mib']} MiB allocated, "
+              f"{result['peak_memory_reserved_mib']} MiB reserved")
+    log.write(f"tokens:{result['tokens']}")
+    log.write(json.dumps(result))
+    log.close()
+    if log.path is not None:
+        console.say(f"val_loss {result['val_loss']:.4f} after {result['train_time_ms'] / 1e3:.1f} s of training\n"
+                    f"log: {os.path.relpath(log.path, ROOT)}")
+
+
+class Console:
+    """What rank 0 shows: a tqdm bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, last_step: int, log_every: int, rank: int):
+        self.last_step, self.quiet = last_step, rank != 0
+        self.bar, self.loss, self.first = None, "...", 0
+        self.every = max(log_every, last_step // 20)
+
+    def say(self, text: str) -> None:
+        if self.quiet:
+            return
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough; the run and its log go on
+            sys.stdout, self.quiet = open(os.devnull, "w"), True
+
+    def start(self, step: int) -> None:
+        if not self.quiet and sys.stderr.isatty():
+            self.bar = tqdm(total=self.last_step, initial=step, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, tokens: int, seconds: float) -> None:
+        """After step number `step` (from 1), `tokens` tokens and `seconds` of training."""
+        rate = tokens / max(seconds, 1e-9)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {self.loss}, {rate:,.0f} tok/s", refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif not self.quiet and step % self.every == 0:
+            left = seconds / step * (self.last_step - step)
+            self.say(f"step {step}/{self.last_step}  train_loss {self.loss}  {rate:,.0f} tok/s  "
+                     f"{seconds:.1f} s, about {left:.0f} s left")
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["launch"]:
+        sys.exit(f"error: runtime.py has no command {' '.join(sys.argv[1:])!r}: write `python runtime.py launch ...`")
+    sys.exit(launch(sys.argv[2:]))
