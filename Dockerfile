@@ -10,7 +10,7 @@ RUN python3 -m venv /opt/venv
 WORKDIR /speedrun
 COPY requirements.txt .
 RUN pip install --no-cache-dir -r requirements.txt
-COPY train_gpt.py triton_kernels.py runtime.py run.sh requirements-dev.txt ./
+COPY train_gpt.py triton_kernels.py runtime.py sample.py evaluate.py run.sh requirements-dev.txt ./
 COPY data/*.py data/*.md data/*.npz data/
 COPY tests tests
 CMD ["./run.sh"]

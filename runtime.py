@@ -6,7 +6,9 @@ clock and console. Knows nothing of the model.
 """
 import atexit
 import contextlib
+import dataclasses
 import datetime
+import difflib
 import hashlib
 import json
 import logging
@@ -51,6 +53,43 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+# ==================== Options ====================
+
+def knob(default, doc: str):
+    """A field of a dataclass of options: given as key=value, listed by print_help."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def option_fields(table: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(table) if "doc" in f.metadata}
+
+
+def parse_arguments(argv: list[str], table: type, program: str) -> dict:
+    """key=value arguments to the values of a table's knobs, those alone that are given. Raises UserError."""
+    fields, given = option_fields(table), {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if key not in fields:
+            near = difflib.get_close_matches(key.lstrip("-"), fields, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]}=...?" if near else f"`python {program} help` lists them all"
+            raise UserError(f"unknown option {key!r}: {hint}")
+        if not equals:
+            raise UserError(f"option {key!r} has no value: write {key}={fields[key].default}")
+        kind = fields[key].type
+        try:
+            given[key] = kind(text.replace("_", "")) if kind in (int, float) else text
+        except ValueError:
+            article = "a whole number" if kind is int else "a number"
+            raise UserError(f"{key}={text!r} is not {article}: give for example {key}={fields[key].default}") from None
+    return given
+
+
+def print_help(text: str, table: type) -> None:
+    print(text)
+    for name, field in option_fields(table).items():
+        print(f"  {name + '=' + str(field.default):<50} {field.metadata['doc']}")
 
 
 # ==================== Checkpoints ====================

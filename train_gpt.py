@@ -52,8 +52,12 @@ from runtime import (
     file_hash,
     finish_log,
     gpu_description,
+    knob,
     leave,
+    option_fields,
+    parse_arguments,
     peak_host_mib,
+    print_help,
     read_checkpoint,
     shell,
     start_reading,
@@ -189,10 +193,6 @@ SMALL_PARAMS = {  # layers: L all, A attend, E embed values, N mix; H heads, G c
 GATE_CHANNELS = 12  # record #28
 
 
-def knob(default, doc: str):
-    return dataclasses.field(default=default, metadata={"doc": doc})
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting. Those with a doc can be given as key=value; the others are tables that a preset chooses."""
@@ -250,31 +250,9 @@ PRESETS = {
 }
 
 
-def option_fields() -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in dataclasses.fields(Config) if "doc" in f.metadata}
-
-
-def parse_value(key: str, text: str, kind: type):
-    try:
-        return kind(text.replace("_", "")) if kind in (int, float) else text
-    except ValueError:
-        article = "a whole number" if kind is int else "a number"
-        raise UserError(f"{key}={text!r} is not {article}: give for example {key}={option_fields()[key].default}") \
-            from None
-
-
 def parse_options(argv: list[str]) -> Config:
     """key=value arguments to a Config: defaults, then the preset, then the given values. Raises UserError."""
-    fields, given = option_fields(), {}
-    for argument in argv:
-        key, equals, text = argument.partition("=")
-        if key not in fields:
-            near = difflib.get_close_matches(key.lstrip("-"), fields, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}=...?" if near else "`python train_gpt.py help` lists them all"
-            raise UserError(f"unknown option {key!r}: {hint}")
-        if not equals:
-            raise UserError(f"option {key!r} has no value: write {key}={fields[key].default}")
-        given[key] = parse_value(key, text, fields[key].type)
+    given = parse_arguments(argv, Config, "train_gpt.py")
     preset = given.get("preset", "official")
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
@@ -480,8 +458,12 @@ class HeadLoss(torch.autograd.Function):
 
 def token_losses(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     """Next-token cross entropy of each row under the softcap, float32 (T,): what validation reports."""
-    logits = (x @ w.t()).to(torch.promote_types(x.dtype, torch.float32))
-    return F.cross_entropy(23 * torch.sigmoid((logits + 5) / 7.5), targets.long(), reduction="none")
+    return F.cross_entropy(capped_logits(x, w), targets.long(), reduction="none")
+
+
+def capped_logits(x: Tensor, w: Tensor) -> Tensor:
+    """(T, dim), (vocab, dim) to (T, vocab), at least float32."""
+    return 23 * torch.sigmoid(((x @ w.t()).to(torch.promote_types(x.dtype, torch.float32)) + 5) / 7.5)
 
 
 # ==================== Model ====================
@@ -1170,14 +1152,15 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
 # ==================== Train ====================
 
 class Trainer:
-    """A model, its optimizer and the one train_step and the one evaluate that warm-up, trials and the run all use."""
+    """A model, its optimizer and the one train_step and the one evaluate that warm-up, trials and the run all use.
+    learns=False leaves the optimizer out: to use a trained model."""
 
-    def __init__(self, cfg: Config, world: World):
+    def __init__(self, cfg: Config, world: World, learns: bool = True):
         self.cfg, self.world, self.phase = cfg, world, "model and optimizer"
         self.dtype, kernels, self.kinds, self.fp8 = choose(cfg, world.device)
         self.compiled = {"on": True, "off": False, "auto": world.device.type == "cuda"}[cfg.compile]
         self.model = GPT(cfg.shape, self.dtype, kernels, read_token_tables(cfg), world.size).to(world.device)
-        self.optimizer = Optimizer(self.model, cfg, world, self.compiled)
+        self.optimizer = Optimizer(self.model, cfg, world, self.compiled) if learns else None
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
         wrap = compiler(self.compiled)
@@ -1237,7 +1220,7 @@ class Trainer:
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training changes, as this process holds it."""
-        return {**dict(self.model.named_parameters()), **self.optimizer.tensors()}
+        return {**dict(self.model.named_parameters()), **(self.optimizer.tensors() if self.optimizer else {})}
 
     @torch.no_grad()
     def save(self) -> dict[str, Tensor]:
@@ -1255,16 +1238,18 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, whole: dict[str, Tensor]) -> None:
-        """Takes what `save` gave, on any number of processes. Raises UserError where it is another model's."""
-        self.reset(self.cfg.seed)
-        mine = self.state()
-        if differ := sorted(whole.keys() ^ mine.keys()):
-            raise UserError(f"resume={self.cfg.resume} is of another model, it differs in {', '.join(differ)}: take "
-                            "the preset and options of its run")
+        """Takes what `save` gave, on any number of processes; of it, where nothing is learned, the weights alone, in
+        this model's dtype. Raises UserError where it is another model's."""
+        mine, learns = self.state(), self.optimizer is not None
+        if learns:
+            self.reset(self.cfg.seed)
+        if differ := sorted(mine.keys() - whole.keys() | (whole.keys() - mine.keys() if learns else set())):
+            raise UserError(f"the checkpoint is of another model, it differs in {', '.join(differ)}: take the preset "
+                            "and options of its run")
         for name, tensor in mine.items():
-            saved, begin = whole[name], self.world.rank * len(tensor) if self.optimizer.is_share(name) else 0
-            if saved.dtype != tensor.dtype or saved.shape[1:] != tensor.shape[1:]:
-                raise UserError(f"resume={self.cfg.resume} is of another model, its {name} is {saved.dtype} of "
+            saved, begin = whole[name], self.world.rank * len(tensor) if learns and self.optimizer.is_share(name) else 0
+            if learns and saved.dtype != tensor.dtype or saved.shape[1:] != tensor.shape[1:]:
+                raise UserError(f"the checkpoint is of another model, its {name} is {saved.dtype} of "
                                 f"{tuple(saved.shape)}: take the preset and options of its run")
             if tensor.dim() == 0:
                 tensor.copy_(saved)
@@ -1344,10 +1329,29 @@ SAVED = {"step": int, "train_time": float, "total_time": float, "tokens": int, "
 FIXED = ("seed", "steps", "slices", "dtype", "shape", "stages")  # what a run cannot change on its way
 
 
+def plain(value):
+    """Tables as plain dictionaries and tuples, which a checkpoint can hold."""
+    if hasattr(value, "_asdict"):
+        return {name: plain(entry) for name, entry in value._asdict().items()}
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+
 def describe_config(cfg: Config, dtype: torch.dtype) -> dict:
     """Every setting as a plain value, for a checkpoint."""
-    return {**{name: getattr(cfg, name) for name in option_fields()}, "dtype": str(dtype).removeprefix("torch."),
-            "shape": str(cfg.shape), "stages": str(cfg.stages)}
+    return {name: plain(getattr(cfg, name)) for name in (*option_fields(Config), "shape", "stages")} \
+        | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def saved_config(saved: dict, **changes) -> Config:
+    """The configuration that describe_config wrote, with changes. Raises UserError where this trainer has no such."""
+    try:
+        shape, stages = saved["shape"], saved["stages"]
+        tables = dict(shape=Shape(**{**shape, "layers": tuple(Layer(**row) for row in shape["layers"])}),
+                      stages=tuple(Stage(**row) for row in stages))
+        return Config(**{**saved, **tables, **changes})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the checkpoint is of another version of the trainer ({error}): take the version that made "
+                        "it, or source=checkpoint, which runs the code in it") from None
 
 
 def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list[str]]:
@@ -1358,9 +1362,11 @@ def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list
     saved, now = read_checkpoint(ROOT / cfg.resume, SAVED), describe_config(cfg, dtype)
     for key in FIXED:
         if saved["config"].get(key) != now[key]:
+            if key in ("shape", "stages"):
+                raise UserError(f"resume={cfg.resume} was trained with another {key} than this run's: take its preset, "
+                                f"preset={saved['config'].get('preset')}, and its version of the trainer")
             raise UserError(f"resume={cfg.resume} was trained with {key}={saved['config'].get(key)}, this run has "
-                            f"{key}={now[key]}: " + ("take its preset" if key in ("shape", "stages") else
-                                                     f"give {key}={saved['config'].get(key)}"))
+                            f"{key}={now[key]}: give {key}={saved['config'].get(key)}")
     if saved["step"] > cfg.last_step or saved["step"] % 2 and saved["step"] < cfg.last_step:
         raise UserError(f"resume={cfg.resume} is at step {saved['step']}, this run ends at {cfg.last_step}: take "
                         "an earlier checkpoint, or raise stop_after=")
@@ -1566,12 +1572,6 @@ def train(cfg: Config, world: World) -> None:
         console.say(f"{cfg.trials} trials: val_loss {losses.mean():.4f}, standard deviation {losses.std(ddof=1):.4f}")
 
 
-def print_help() -> None:
-    print(__doc__)
-    for name, field in option_fields().items():
-        print(f"  {name + '=' + str(field.default):<50} {field.metadata['doc']}")
-
-
 def fetch(cfg: Config, world: World) -> int:
     """Makes the shards that the preset's own globs miss; does nothing for globs that the user gave."""
     return subprocess.run([sys.executable, *cfg.fetch.split()[1:]], cwd=ROOT).returncode if own_shards(cfg) else 0
@@ -1580,7 +1580,7 @@ def fetch(cfg: Config, world: World) -> int:
 def main(argv: list[str]) -> int:
     """Runs a command line; returns the exit code. 2: bad input, 3: out of memory."""
     if argv and argv[0] in ("help", "--help", "-h"):
-        print_help()
+        print_help(__doc__, Config)
         return 0
     try:
         command, argv = (fetch, argv[1:]) if argv and argv[0] == "fetch" else (train, argv)
