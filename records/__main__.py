@@ -31,6 +31,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0
     name, *arguments = argv
+    sys.stdout.reconfigure(errors="backslashreplace")  # a source may have bytes that are no text
     if name not in COMMANDS:
         near, = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
         return fail(f"unknown command {name!r}: did you mean {near}? There are {', '.join(COMMANDS)}")

@@ -1,10 +1,11 @@
 """python -m records check: is every record folder complete and readable?"""
+import contextlib
 import datetime
 import re
 from pathlib import Path
 
 from records.ladder import rung_folders
-from records.logs import Log, LogError, find_logs, lines_from, parts, read_log
+from records.logs import Log, LogError, encoded, find_logs, lines_from, parts, read_log
 
 RECORDS = Path(__file__).resolve().parent
 RUNS = "runs"  # every run's log, not committed
@@ -21,8 +22,9 @@ def check(argv: list[str]) -> int:
     problems = [problem for folder in folders for problem in folder_problems(folder)]
     problems += [problem for rung in rungs for problem in rung_problems(rung)]
     folders += rungs
-    logs = sum(len(find_logs(folder)) for folder in folders)
-    print("\n".join(problems) or f"{len(folders)} folders, {logs} logs: in order")
+    logs = [path for folder in folders for path in find_logs(folder)]
+    problems += repeated(logs)
+    print("\n".join(problems) or f"{len(folders)} folders, {len(logs)} logs: in order")
     return 1 if problems else 0
 
 
@@ -41,8 +43,7 @@ def folder_problems(folder: Path) -> list[str]:
     name, problems = f"{folder.parent.name}/{folder.name}", []
     if not real_date(folder.name):
         problems.append(f"{name} is not named YYYY-MM-DD_Name with a date of the calendar")
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    text = text_of(folder / "README.md")
     if not text.strip():
         problems.append(f"{name} has no README.md, or an empty one")
     logs = find_logs(folder)
@@ -54,9 +55,27 @@ def folder_problems(folder: Path) -> list[str]:
 def rung_problems(folder: Path) -> list[str]:
     """Sentences about one rung of the ladder, which is a script with a README, and logs once it has run."""
     name = f"{folder.parent.name}/{folder.name}"
-    problems = [f"{name} has no {file}" for file in ("README.md", "train_gpt.py") if not (folder / file).is_file()]
+    problems = [f"{name} has no {file}, or an empty one" for file in ("README.md", "train_gpt.py")
+                if not text_of(folder / file).strip()]
     return problems + [f"{name}/{path.name} {problem}" for path in find_logs(folder)
                        for problem in log_problems(path, "")]
+
+
+def repeated(paths: list[Path]) -> list[str]:
+    """Sentences about logs of a run that another log is of, by its id or its step lines."""
+    seen, problems = {}, []
+    for path in paths:
+        with contextlib.suppress(LogError):  # of which log_problems tells
+            log, name = read_log(path), "/".join(path.parts[-3:])
+            for key in (log.identity, repr(log.steps)):
+                if seen.setdefault(key, name) != name:
+                    problems.append(f"{name} is the run of {seen[key]} again")
+                    break
+    return problems
+
+
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def real_date(name: str) -> bool:
@@ -76,6 +95,11 @@ def log_problems(path: Path, readme: str) -> list[str]:
     problems = [f"lacks the source {name}" for name in needed_sources(log) if not log.sources.get(name, "").strip()]
     if not log.finished and not (log.run_id[:8] in readme and "cut off" in readme):
         problems.append(f"has no result, and the README does not say that {log.run_id[:8]} was cut off")
+    if log.resumed:
+        problems.append("was resumed: its training began in another log")
+    script = path.with_name("train_gpt.py")
+    if script.is_file() and script.read_bytes() != encoded(log.sources.get(script.name, "")):
+        problems.append(f"embeds another {script.name} than its folder has")
     for number, line in lines_from(path, parts(path)[1]):
         if match := MACHINE_PATH.search(line):
             problems.append(f"names a path of a machine in line {number}: {match[0]}")

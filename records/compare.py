@@ -2,12 +2,14 @@
 import ast
 import difflib
 import hashlib
+import itertools
+import os
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from records.logs import Log, LogError, read_log
+from records.logs import Log, LogError, encoded, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTION = re.compile(r"^    (\w+): \w+ = knob\(", re.M)  # a setting of the command line, in our trainer's source
@@ -28,13 +30,22 @@ def diff(argv: list[str]) -> int:
 
 
 def side_by_side(title: str, a: dict, b: dict) -> list[str]:
-    """A line for each entry that differs; "-" where one has none, the first line where a value has several."""
+    """A line for each entry that differs; "-" where one has none, the first unlike line where it has several."""
     names = [name for name in (a | b) if a.get(name) != b.get(name)]
     lines = [f"\n{title}: {len(names)} differ, {len(a | b) - len(names)} equal"]
     for name in names:
-        left, right = (f"{entries.get(name, '-')}".split("\n")[0][:60] for entries in (a, b))
+        left, right = excerpts(*(f"{entries.get(name, '-')}".split("\n") for entries in (a, b)))
         lines.append(f"  {name:<32} {left:<40} {right}")
     return lines
+
+
+def excerpts(a: list[str], b: list[str], width: int = 60) -> list[str]:
+    """Of the first lines that differ the beginnings, or what stands around the difference if it is farther on."""
+    pairs = itertools.zip_longest(a, b, fillvalue="-")
+    one, two = next((pair for pair in pairs if pair[0] != pair[1]), (a[0], b[0]))
+    at = len(os.path.commonprefix([one, two]))
+    start, dots = (at - width // 2, "...") if at >= width - 10 else (0, "")
+    return [(dots + text[start:])[:width] for text in (one, two)]
 
 
 def validations(a: Log, b: Log) -> list[str]:
@@ -57,9 +68,11 @@ def source_diff(a: Log, b: Log) -> Iterator[str]:
             yield f"\n{name}: only in {'B' if left is None else 'A'}"
         elif left == right:
             yield f"\n{name}: equal"
+        elif left.splitlines() == right.splitlines():
+            yield f"\n{name}: equal but for the ends of lines"
         else:
             yield f"\n{name}: {len(left.splitlines())} and {len(right.splitlines())} lines"
-            yield from piece_diff(pieces(left), pieces(right))
+            yield from list(piece_diff(pieces(left), pieces(right))) or ["only moved code or empty lines"]
 
 
 def piece_diff(a: dict[str, str], b: dict[str, str]) -> Iterator[str]:
@@ -78,7 +91,7 @@ def pieces(text: str) -> dict[str, str]:
     "module" if it is not Python."""
     try:
         tree = ast.parse(text)
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # the latter for bytes that are no text
         return {"module": text}
     lines, found, rest = text.splitlines(), {}, {}
     owner = dict.fromkeys(range(len(lines)), "module")
@@ -98,7 +111,7 @@ def pieces(text: str) -> dict[str, str]:
 
 def extract(argv: list[str]) -> int:
     """Writes a log's sources into a new folder, with a README that says how to run them. Raises LogError."""
-    if len(argv) != 2:
+    if len(argv) != 2 or not argv[1]:
         raise LogError("extract takes a log and a folder: write `python -m records extract LOG DIR`")
     log, folder = read_log(argv[0]), Path(argv[1])
     if not log.sources:
@@ -110,34 +123,39 @@ def extract(argv: list[str]) -> int:
         raise LogError(f"{folder} is there and not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in log.sources.items():
-        (folder / name).write_bytes(text.encode())
-    names = [*log.sources, "README.md", *copy_token_tables(log, folder)]
-    (folder / "README.md").write_text(readme(log), encoding="utf-8")
-    print("\n".join(str(folder / name) for name in names))
+        (folder / name).write_bytes(encoded(text))
+    data = link_data(log, folder)
+    (folder / "README.md").write_text(readme(log, data), encoding="utf-8")
+    print("\n".join(str(folder / name) for name in [*log.sources, "README.md", *["data"] * bool(data)]))
     return 0
 
 
-def copy_token_tables(log: Log, folder: Path) -> list[str]:
-    """Copies this checkout's file of token tables where it is the one that the run read; names it in the folder."""
-    name, wanted = log.config.get("token_tables"), log.environment.get("token tables")
-    if name is None or wanted is None or Path(name).is_absolute() or ".." in Path(name).parts:
-        return []
+def link_data(log: Log, folder: Path) -> str:
+    """Links this checkout's data, unless the run read other token tables; what the folder's README says of it."""
+    name, wanted = log.config.get("token_tables", ""), log.environment.get("token tables")
     content = (ROOT / name).read_bytes() if (ROOT / name).is_file() else b""
-    if wanted != f"sha256 {hashlib.sha256(content).hexdigest()}":
+    if wanted not in (None, f"sha256 {hashlib.sha256(content).hexdigest()}"):
         print(f"{name} is not here as the run read it ({wanted}): bring it before you run the folder")
-        return []
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(content)
-    return [name]
+        return ""
+    (folder / "data").symlink_to(os.path.relpath(ROOT / "data", folder.resolve()))
+    return "`data` is a link to the data of the checkout that extracted it. "
 
 
-def readme(log: Log) -> str:
+def readme(log: Log, data: str) -> str:
     versions = " ".join(f"{name} {log.environment[name]}" for name in ("python", "torch", "triton", "cuda")
                         if name in log.environment)
     time = "" if log.train_time_ms is None else f" after {log.train_time_ms / 1e3:.1f} s of training"
     result = f"val loss {log.val_loss:.4f}{time}" if log.finished else "unfinished"
-    return (f"# Run {log.run_id}\n\nSources as its log embeds them. It ran on {log.hardware} with "
-            f"{versions or 'versions that the log does not name'}: {result}.\n\n```\n{command(log)}\n```\n")
+    return (f"# Run {log.run_id}\n\nSources as its log embeds them. {data}It ran on {log.hardware} with "
+            f"{versions or 'versions that the log does not name'}: {result}.\n\n"
+            f"```\n{fetch(log)}{command(log)}\n```\n")
+
+
+def fetch(log: Log) -> str:
+    """The command line that makes the preset's missing shards, where the trainer has one."""
+    keys = [key for key in ("preset", "train_files", "val_files") if key in log.config]
+    words = [f"{key}={log.config[key]}" for key in keys]
+    return shlex.join(["python", "train_gpt.py", "fetch", *words]) + "\n" if log.config.get("fetch") else ""
 
 
 def command(log: Log) -> str:

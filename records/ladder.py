@@ -22,16 +22,22 @@ def rung_logs(folder: Path) -> list[Log]:
 
 
 def is_whole(log: Log) -> bool:
-    """Finished, with all of its scheduled steps."""
-    return log.finished and log.result["steps"] == log.result.get("scheduled_steps", log.result["steps"])
+    """Finished, with all of its scheduled steps in one log."""
+    steps = log.result.get("steps")
+    return log.finished and not log.resumed and steps == log.result.get("scheduled_steps", steps)
 
 
 def tokens_done(log: Log, step: int) -> float:
-    """Training tokens of the first `step` steps by the lines about stages, else by the result; nan if untold."""
+    """Training tokens of the first `step` steps: by the lines about stages; where all steps are alike by the result, or
+    the configuration if there is none; nan if untold."""
     stages = [re.match(r"steps (\d+)-(\d+), ([\d,]+) tokens a step", text)
               for key, text in log.environment.items() if key.startswith("stage ")]
-    if not stages or None in stages:
-        return step * log.tokens / log.result["steps"] if log.tokens and log.result["steps"] else math.nan
+    if not stages or stages == [None]:
+        batch = log.config.get("batch_tokens", "")
+        return (step * log.tokens / log.result["steps"] if log.tokens and log.result["steps"]
+                else step * int(batch) if batch.isdecimal() else math.nan)
+    if None in stages:
+        return math.nan
     spans = [(int(stage[1]), int(stage[2]) + 1, int(stage[3].replace(",", ""))) for stage in stages]
     done = sum(count * max(0, min(step, end) - begin) for begin, end, count in spans)
     return done if step <= spans[-1][1] else math.nan

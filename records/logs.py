@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 RULE = b"=" * 100
+LEAD = re.compile(rb"\xef\xbb\xbf|\s+={100}\r?\n")  # what an editor may put before a log
 TITLE = re.compile(rb"^={100}\r?\n(?:source: ([^\r\n]+)|environment)\r?\n={100}\r?\n", re.M)  # of a section of ours
 APPENDED = re.compile(rb"\r?\n\r?\n-{40}\r?\n# (\S+\.py)\r?\n-{40}\r?\n\r?\n")  # a second source of modded-nanogpt
 IMPORT = re.compile(rb"^(?:import|from) \w", re.M)
 STEP = re.compile(r"step:(\d+)/(\d+)((?: \w+:\S*)+)")
 LLMC_STEP = re.compile(r"s:(\d+) (tel|trl):(\S+)(?: .*)?")
-ENTRY = re.compile(r"(hardware|driver|git|token tables|stage \d+|data|model|operations|seed): ?(.*)")  # our environment
+MANGLED = re.compile(r"val_loss:| tel:| trl:")  # a line with one of these was a step line
+ENTRY = re.compile(  # of our environment
+    r"(hardware|driver|git|token tables|stage \d+|data|model|operations|resumed|seed): ?(.*)")
 VERSIONS = (  # of modded-nanogpt's environment
     re.compile(r"Running Python (?P<python>\S+)"),
     re.compile(r"Running py?torch (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)", re.I),
@@ -26,7 +29,7 @@ PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d+) MiB(?: reserved
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 GPU_NAME = re.compile(r"\b([A-Z]{1,3}\d{2,4}[A-Z]*|RTX (?:PRO )?[A-Z]?\d{4})\b")
 RESULT = {"val_loss": (int, float), "train_time_ms": (int, float), "steps": int}  # what every result of ours has
-OPTIONAL = {"scheduled_steps": int, "tokens": int, "seed": int, "processes": int, "hardware": str}
+OPTIONAL = {"scheduled_steps": int, "tokens": int, "seed": int, "processes": int, "resumed_at": int, "hardware": str}
 MEND = "take the line from the original log, or delete it if the run was cut off there"
 UNTIMED_STEPS = 10  # modded-nanogpt's clock of 2024 and early 2025 starts again at this step
 
@@ -59,6 +62,16 @@ class Log:
     @property
     def finished(self) -> bool:
         return bool(self.result)
+
+    @property
+    def identity(self) -> str:
+        """The id where it is a UUID, else the file, for another folder may have another run of its name."""
+        return self.run_id if UUID.fullmatch(self.run_id) else str(self.path.resolve())
+
+    @property
+    def resumed(self) -> bool:
+        """Whether the training began in another log, which left a checkpoint."""
+        return "resumed" in self.environment or "resumed_at" in self.result
 
     @property
     def vals(self) -> list[Step]:
@@ -126,9 +139,11 @@ def read_log(path: str | Path) -> Log:
 def parts(path: Path) -> tuple[dict[str, str], int, bool]:
     """The sources at the top of a log, the offset of the first byte after them and whether it is ours. LogError."""
     try:
-        if path.is_file() and path.stat().st_size == 0:
-            raise LogError(f"{path} is empty: it is no log of a run")
+        if path.exists() and not path.is_dir() and path.stat().st_size == 0:
+            raise LogError(f"{path} is empty or no file: it is no log of a run")
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if LEAD.match(data):
+                raise LogError(f"{path} begins with a byte order mark or a blank line, as no run writes it: delete it")
             return embedded_sources(data)
     except OSError as error:
         raise LogError(f"cannot read {path}: {error.strerror}") from None
@@ -149,7 +164,7 @@ def embedded_sources(data: mmap.mmap) -> tuple[dict[str, str], int, bool]:
     sources, name, begin = {}, None, 0
     for title in TITLE.finditer(data):
         if name:  # the line break before the title is the log's
-            sources[name] = decode(data[begin:title.start()].removesuffix(b"\n").removesuffix(b"\r"))
+            sources[name] = exact(data[begin:title.start()].removesuffix(b"\n").removesuffix(b"\r"))
         name, begin = title[1] and decode(title[1]), title.end()
         if name is None:  # the environment: sources end here
             break
@@ -166,8 +181,8 @@ def foreign_sources(data: mmap.mmap) -> tuple[dict[str, str], int]:
     if not IMPORT.search(head):
         return {}, 0
     first, *others = APPENDED.split(head)
-    named = dict(zip(map(decode, others[::2]), map(decode, others[1::2]), strict=True))
-    return {"train_gpt.py": decode(first), **named}, end
+    named = dict(zip(map(decode, others[::2]), map(exact, others[1::2]), strict=True))
+    return {"train_gpt.py": exact(first), **named}, end
 
 
 def rule_offset(data: mmap.mmap, begin: int) -> int:
@@ -180,6 +195,15 @@ def rule_offset(data: mmap.mmap, begin: int) -> int:
 
 def decode(text: bytes) -> str:
     return text.decode("utf-8", errors="replace")
+
+
+def exact(text: bytes) -> str:
+    """Text whose bytes `encoded` gives back, what is no UTF-8 too."""
+    return text.decode("utf-8", errors="surrogateescape")
+
+
+def encoded(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogateescape")
 
 
 class Reader:
@@ -208,6 +232,8 @@ class Reader:
             if step is not None:
                 check_order(self.steps[-1] if self.steps else None, step, self.ours)
                 self.steps.append(step)
+        elif self.steps and MANGLED.search(line):
+            raise ValueError(f"this is not a step line; {MEND}")
         elif self.steps:
             self.take_end(line)
         elif self.ours:
@@ -239,6 +265,7 @@ class Reader:
     def take_end(self, line: str) -> None:
         if self.ours and line.startswith("{"):
             self.result = parse_result(line)
+            check_result(self.result, self.steps[-1])
         elif match := PEAK.match(line):
             self.peak = {f"peak_memory_{name}_mib": int(mib) for name, mib in
                          zip(("allocated", "reserved"), match.groups(), strict=True) if mib}
@@ -291,9 +318,23 @@ def parse_result(line: str) -> dict:
     except json.JSONDecodeError:
         raise ValueError("the result is cut off: without this line the run counts as unfinished") from None
     for key, kind in (RESULT | OPTIONAL).items():
-        if (key in RESULT or key in result) and not isinstance(result.get(key), kind):
-            raise ValueError(f"the result's {key} is {result.get(key)!r}: {MEND}")
+        value = result.get(key)
+        if (key in RESULT or key in result) and (
+                not isinstance(value, kind) or isinstance(value, bool) or kind is not str and value < 0):
+            raise ValueError(f"the result's {key} is {value!r}: {MEND}")
     return result
+
+
+def check_result(result: dict, last: Step) -> None:
+    """Raises ValueError unless the result is that of the last step line, but for what the line rounds."""
+    if last.kind != "val":
+        raise ValueError(f"the result does not follow a validation; {MEND}")
+    told = {"val_loss": (last.loss, 6e-5), "train_time_ms": (last.time_ms, 1), "steps": (last.step, 0),
+            "scheduled_steps": (last.total, 0)}
+    for key, (value, rounding) in told.items():
+        given = result.get(key, value)
+        if value is not None and repr(given) != repr(value) and not abs(given - value) <= rounding:  # nan is nan
+            raise ValueError(f"the result's {key} is {given}, the last validation's {value}; {MEND}")
 
 
 def derived_result(reader: Reader) -> dict:

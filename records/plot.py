@@ -1,5 +1,6 @@
 """python -m records plot: pictures of what logs say; the same logs give the same bytes."""
 import contextlib
+import difflib
 import math
 import os
 import sys
@@ -18,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from records.check import RECORDS, record_folders
 from records.ladder import OPTIONS, equal_tokens, is_whole, loss_at, rung_folders, rung_logs, tokens_done, val_points
 from records.logs import Log, LogError, find_logs, read_log
-from records.stats import track
+from records.stats import steps_done, track
 from records.table import groups
 
 USAGE = "write `python -m records plot [records|curves|ladder] [LOG...] [--out DIR]`, LOGs for the curves only"
@@ -88,7 +89,9 @@ def parse_arguments(argv: list[str]) -> tuple[tuple[str, ...], list[str], Path]:
                 raise LogError(f"--out needs a folder: {USAGE}")
             out = Path(folder)
         elif word.startswith("-") or not Path(word).is_file():
-            raise LogError(f"{word} is no {'option' if word.startswith('-') else 'log'}: {USAGE}")
+            near = difflib.get_close_matches(word, KINDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else USAGE
+            raise LogError(f"{word} is no {'option' if word.startswith('-') else 'log'}: {hint}")
         else:
             paths.append(word)
     if paths and "curves" not in kinds:
@@ -121,13 +124,11 @@ def folder_name(log: Log) -> str:
 def record_rows(logs: list[Log]) -> list[Row]:
     """A row for the runs of one folder, hardware, source and configuration; by track, hardware, date and time."""
     rows = []
-    for group in groups([log for log in logs if log.finished and log.train_time_ms]):
-        log, steps = group[0], f"{group[0].result['steps']:,}"
-        if not is_whole(log):
-            steps += f" of {log.result['scheduled_steps']:,}"
+    for group in groups([log for log in logs if log.finished and not log.resumed and log.train_time_ms]):
+        log = group[0]
         rows.append((Row(f"{track(log)}, {log.hardware_class}", folder_name(log),
-                         [each.train_time_ms / 1e3 for each in group], [each.val_loss for each in group], steps,
-                         is_whole(log)), log.run_id))
+                         [each.train_time_ms / 1e3 for each in group], [each.val_loss for each in group],
+                         steps_done(log), is_whole(log)), log.run_id))
     rows.sort(key=lambda item: (item[0][:2], not item[0].whole, np.mean(item[0].times)))
     named = [row[:2] for row, _ in rows]
     return [row._replace(name=f"{row.name}, {run_id[:8]}") if row[:2] in named[:i] else row
@@ -191,6 +192,10 @@ def draw_records() -> Figure | None:
 
 def draw_curves(paths: list[str]) -> Figure | None:
     curves = curves_of([read_log(path) for path in paths] or fastest_logs())
+    for each in curves:
+        if not len(each.train) + len(each.val):
+            say(f"curves: {each.name}: no loss after step 0 is finite, so it is not drawn")
+    curves = [each for each in curves if len(each.train) + len(each.val)]
     told = [[bool(np.isfinite(np.vstack(each[1:])[:, column]).any()) for each in curves] for column in (0, 1)]
     for word, flags in zip(("time", "tokens"), told, strict=True):
         for each, flag in zip(curves, flags, strict=True):
@@ -311,7 +316,8 @@ def curves_figure(curves: list[Curve]) -> Figure:
         dash, marker = DASHES[(i + i // len(COLORS)) % len(DASHES)], MARKERS[i % len(MARKERS)]
         for ax, column, scale in zip(axes, (0, 1), (1, 1e6), strict=True):
             ax.plot(each.train[:, column] / scale, each.train[:, 2], linestyle=dash, **look)
-            ax.plot(each.val[:, column] / scale, each.val[:, 2], marker, clip_on=False, **look)
+            if np.isfinite(each.val[:, column]).any():  # what is not clipped and nowhere squeezes the picture
+                ax.plot(each.val[:, column] / scale, each.val[:, 2], marker, clip_on=False, **look)
         handles.append(Line2D([], [], linestyle=dash, marker=marker, label=each.name, **look))
     losses = np.concatenate([part[:, 2] for each in curves for part in each[1:]])
     axes[0].set(yscale="log", ylabel="loss (lines: training, markers: validation)", xlabel="training time, s")

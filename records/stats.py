@@ -11,8 +11,8 @@ import scipy.stats
 from records.logs import Log, LogError, read_log
 
 TARGET, LEVEL, CONFIDENCE, MOST_RUNS = 3.28, 0.01, 0.95, 10**6
-USAGE = "write `python -m records stats LOG... [--target 3.28] [--against LOG...]`"
-APART = {"seed", "trials", "name", "val_every", "log_every", "log_dir"}  # settings that do not change the training
+USAGE = "write `python -m records stats LOG... [--target 3.28] [-- LOG...]`"
+APART = {"seed", "trials", "name", "val_every", "log_every", "log_dir", "save_every", "keep"}  # change no training
 
 
 def stats(argv: list[str]) -> int:
@@ -68,16 +68,24 @@ def check_set(logs: list[Log]) -> None:
     for log in logs:
         if not log.finished:
             raise LogError(f"{log.path} is unfinished: leave it out")
+        if log.resumed:
+            raise LogError(f"{log.path} was resumed, its training began in another log: leave it out")
         if not math.isfinite(log.val_loss):
             raise LogError(f"{log.path} ends with val_loss {log.val_loss}: the run diverged, leave it out")
-    check_distinct(logs, "run", lambda log: log.run_id)
-    check_distinct(logs, "seed", lambda log: log.seed)
+    check_new(logs)
     check_same(logs, "track", track)
     check_same(logs, "source", source_hash)
     check_same(logs, "hardware", lambda log: log.hardware_class)
-    check_same(logs, "number of steps", lambda log: log.result["steps"])
+    check_same(logs, "number of steps", steps_done)
     for key in sorted({key for log in logs for key, _ in settings(log)}):
         check_same(logs, f"setting {key}", lambda log, key=key: log.config.get(key))
+    check_distinct(logs, "seed", lambda log: log.seed)
+
+
+def check_new(logs: list[Log]) -> None:
+    """Raises LogError where one run is there twice, be it under two names."""
+    check_distinct(logs, "run", lambda log: log.identity)
+    check_distinct(logs, "step lines", lambda log: repr(log.steps))
 
 
 def check_distinct(logs: list[Log], what: str, key: Callable[[Log], object]) -> None:
@@ -85,7 +93,8 @@ def check_distinct(logs: list[Log], what: str, key: Callable[[Log], object]) -> 
     for log in logs:
         value = key(log)
         if value in seen and value is not None:
-            raise LogError(f"{seen[value].path} and {log.path} have the same {what}, {value}: give each run once")
+            raise LogError(f"{seen[value].path} and {log.path} have the same {what}, {str(value)[:60]}: "
+                           "give each run once")
         seen[value] = log
 
 
@@ -100,8 +109,15 @@ def check_pair(sets: list[list[Log]]) -> None:
     """Raises LogError unless each set is in order and no run is in both; they may differ in source, steps, hardware."""
     for logs in sets:
         check_set(logs)
-    check_distinct([log for logs in sets for log in logs], "run", lambda log: log.run_id)
+    check_new([log for logs in sets for log in logs])
     check_same([logs[0] for logs in sets], "track", track)
+
+
+def steps_done(log: Log) -> str:
+    """For example 452, or 150 of 452 where the run stopped early."""
+    steps = log.result["steps"]
+    scheduled = log.result.get("scheduled_steps", steps)
+    return f"{steps:,}" if steps == scheduled else f"{steps:,} of {scheduled:,}"
 
 
 def losses(logs: list[Log]) -> np.ndarray:
@@ -134,7 +150,7 @@ def describe(logs: list[Log], target: float) -> list[str]:
     """Lines about one set."""
     seeds = ", ".join(str(log.seed) for log in logs if log.seed is not None) or "unknown"
     many = "s" * (len(logs) > 1)
-    lines = [f"{len(logs)} run{many} of {track(logs[0])} on {logs[0].hardware_class}, {logs[0].result['steps']} steps, "
+    lines = [f"{len(logs)} run{many} of {track(logs[0])} on {logs[0].hardware_class}, {steps_done(logs[0])} steps, "
              f"seed{many} {seeds}",
              f"{'':10}{'n':>4}{'mean':>12}{'sd':>12}{'min':>12}{'max':>12}"]
     for name, values, digits in (("val loss", losses(logs), 5), ("time, s", seconds(logs), 3)):

@@ -7,7 +7,7 @@ import numpy as np
 from records.check import RECORDS, record_folders
 from records.ladder import OPTIONS, equal_tokens, loss_at, rung_folders, rung_logs, time_to, val_points
 from records.logs import Log, LogError, find_logs, read_log
-from records.stats import TARGET, below, losses, seconds, settings, source_hash
+from records.stats import TARGET, below, losses, seconds, settings, source_hash, steps_done
 
 BEGIN, END = "<!-- table: python -m records table -->", "<!-- end of table -->"
 LADDER = "<!-- ladder: python -m records table -->"  # begins the ladder's tables, which END ends too
@@ -26,7 +26,7 @@ def table(argv: list[str]) -> int:
     stale = [path for path in old if new[path] != old[path]]
     names = " and ".join(path.relative_to(RECORDS.parent).as_posix() for path in stale)
     if argv and stale:
-        print(f"{names} differs from what the logs say: run `python -m records table`")
+        print(f"{names} differ{'s' * (len(stale) == 1)} from what the logs say: run `python -m records table`")
         return 1
     for path in stale:
         path.write_text(new[path], encoding="utf-8")
@@ -35,12 +35,12 @@ def table(argv: list[str]) -> int:
 
 
 def table_files(root: Path) -> dict[Path, str]:
-    """Path to text of the files that carry the tables: records/README.md, and README.md if it has the markers."""
-    inner, outer = root / "README.md", root.parent / "README.md"
-    texts = {path: path.read_text(encoding="utf-8") for path in (inner, outer) if path.is_file()}
-    if inner not in texts:
-        raise LogError(f"{inner} is missing: make it, with the lines {BEGIN} and {END}")
-    return {path: text for path, text in texts.items() if path == inner or BEGIN in text}
+    """Path to text of the files that carry the tables, records/README.md and README.md. Raises LogError."""
+    paths = root / "README.md", root.parent / "README.md"
+    for path in paths:
+        if not path.is_file():
+            raise LogError(f"{path} is missing: make it, with the lines {BEGIN} and {END}")
+    return {path: path.read_text(encoding="utf-8") for path in paths}
 
 
 def replaced(path: Path, text: str, tables: str, marker: str = BEGIN) -> str:
@@ -57,10 +57,12 @@ def leaderboards(root: Path, base: Path) -> str:
     sections = []
     for track, folders in record_folders(root).items():
         logs = [read_log(path) for folder in folders for path in find_logs(folder)]
-        rows = sorted(groups([log for log in logs if log.finished]), key=order)
+        rows = sorted(groups([log for log in logs if log.finished and not log.resumed]), key=order)
         lines = [f"### {track}", "", row(HEAD), row(["---"] * len(HEAD)), *(row(cells(group, base)) for group in rows)]
-        if unfinished := sum(not log.finished for log in logs):
-            lines += ["", f"Left out: {unfinished} unfinished log{'s' * (unfinished > 1)}."]
+        counts = {"unfinished": sum(not log.finished for log in logs),
+                  "resumed": sum(log.finished and log.resumed for log in logs)}
+        if left := [f"{count} {word} log{'s' * (count > 1)}" for word, count in counts.items() if count]:
+            lines += ["", f"Left out: {' and '.join(left)}."]
         sections.append("\n".join(lines))
     return "\n\n".join(sections)
 
@@ -100,7 +102,7 @@ def groups(logs: list[Log]) -> list[list[Log]]:
     """Runs of one folder, hardware, source and configuration, the seed apart."""
     found = {}
     for log in logs:
-        key = log.path.parent, log.hardware_class, log.processes, source_hash(log), settings(log), log.result["steps"]
+        key = log.path.parent, log.hardware_class, log.processes, source_hash(log), settings(log), steps_done(log)
         found.setdefault(key, []).append(log)
     return [sorted(group, key=lambda log: (log.seed is None, log.seed, log.run_id)) for group in found.values()]
 
@@ -115,12 +117,10 @@ def order(group: list[Log]) -> tuple:
 def cells(group: list[Log], base: Path) -> list[str]:
     """One row's texts, in the order of HEAD."""
     log, p, times = group[0], below(losses(group), TARGET), seconds(group)
-    steps, scheduled = log.result["steps"], log.result.get("scheduled_steps")
     folder = log.path.parent.relative_to(base).as_posix()
     return [f"[{log.path.parent.name}]({folder})", log.hardware_class, dash(log.processes), str(len(group)),
             spread(losses(group), 4), "-" if times is None else spread(times, 2), "-" if p is None else f"{p:.2g}",
-            str(steps) if scheduled in (None, steps) else f"{steps} of {scheduled}",
-            "-" if log.tokens is None else f"{log.tokens:,}",
+            steps_done(log), "-" if log.tokens is None else f"{log.tokens:,}",
             ", ".join(f"[{each.run_id[:8]}]({folder}/{each.path.name})" for each in group)]
 
 

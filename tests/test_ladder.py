@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, random_stream, write_shard
 
+from records.ladder import rung_folders
 from records.logs import read_log
 
 LADDER = ROOT / "records" / "ladder"
@@ -78,6 +79,10 @@ def load(rung):
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def test_every_rung_is_in_its_folder_and_the_tables_know_it():
+    assert [folder.name for folder in rung_folders(ROOT / "records")] == list(RUNGS)
 
 
 @pytest.mark.parametrize("rung", SHARED)

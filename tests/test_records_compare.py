@@ -1,6 +1,9 @@
 """records diff says what differs and no more; records extract gives back what ran."""
+import dataclasses
 import hashlib
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -9,6 +12,7 @@ from test_records_logs import MODDED, ours
 import train_gpt
 from records import compare
 from records.__main__ import main
+from records.ladder import rung_folders
 from records.logs import find_logs, read_log
 
 KERNELS, HOPPER = (ROOT / "records/corpus" / name for name in ("2026-11-20_Kernels", "2026-11-25_Hopper"))
@@ -107,10 +111,69 @@ def test_an_extracted_source_stands_in_its_log_byte_for_byte(path, tmp_path, cap
     assert main(["extract", str(path), str(tmp_path / "run")]) == 0
     whole = path.read_bytes()
     names = {"train_gpt.py", "triton_kernels.py"}
-    assert {file.name for file in (tmp_path / "run").iterdir()} == names | {"README.md"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == names | {"README.md", "data"}
     for name in names:
         text = (tmp_path / "run" / name).read_bytes()
         assert len(text) > 1000 and b"\nsource: " + name.encode() + b"\n" + b"=" * 100 + b"\n" + text in whole
+
+
+@pytest.mark.parametrize("folder", rung_folders(ROOT / "records"), ids=lambda path: path.name)
+def test_the_script_extracted_from_a_rung_s_log_is_the_rung_s_to_the_last_byte(folder, tmp_path, capsys):
+    assert main(["extract", str(find_logs(folder)[0]), str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/train_gpt.py").read_bytes() == (folder / "train_gpt.py").read_bytes()
+
+
+def test_bytes_of_a_source_that_are_no_text_survive_and_are_compared(tmp_path, capsysbinary):
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for path, byte in zip(paths, (b"\xe9", b"\xff"), strict=True):
+        path.write_bytes(ours(path, source="import os\nname = 'E'\n").read_bytes().replace(b"'E'", b"'" + byte + b"'"))
+    assert main(["extract", str(paths[0]), str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/train_gpt.py").read_bytes() == b"import os\nname = '\xe9'\n"
+    assert main(["diff", *map(str, paths)]) == 0 and rb"+name = '\udcff'" in capsysbinary.readouterr().out
+
+
+def test_the_commands_of_an_extracted_run_find_the_checkout_s_data_and_make_what_is_missing(tmp_path, capsys):
+    path = next(ROOT.glob("records/smoke/2026-11-26_Mixing/*.txt"))
+    assert main(["extract", str(path), str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/data").samefile(ROOT / "data") and not (tmp_path / "run/data").readlink().is_absolute()
+    fetch, train = (tmp_path / "run/README.md").read_text().split("```\n")[1].splitlines()
+    assert shlex.split(fetch)[:4] == ["python", "train_gpt.py", "fetch", "preset=smoke"]
+    assert train == compare.command(read_log(path))
+    command = [sys.executable, *shlex.split(train)[1:], "train_files=none"]
+    done = subprocess.run(command, cwd=tmp_path / "run", text=True, capture_output=True, timeout=120)
+    assert done.returncode == 2 and "no shard matches train_files='none'" in done.stderr, done.stderr
+
+
+def test_a_readme_among_the_sources_and_a_folder_without_a_name_are_refused(tmp_path, capsys):
+    path = ours(tmp_path / "log.txt")
+    assert main(["extract", str(path), ""]) == 2
+    path.write_bytes(path.read_bytes().replace(b"source: triton_kernels.py", b"source: README.md"))
+    assert main(["extract", str(path), str(tmp_path / "run")]) == 2 and not (tmp_path / "run").exists()
+    error = capsys.readouterr().err
+    assert "extract takes a log and a folder" in error and "a source called README.md" in error
+
+
+def test_a_difference_is_shown_from_where_it_is_seen():
+    one, two = "x" * 70, "x" * 65 + "y" * 5
+    assert compare.excerpts([one], [two]) == ["..." + "x" * 35, "..." + "x" * 30 + "y" * 5]
+    assert compare.excerpts(["same", "a" * 70], ["same", "b"]) == ["a" * 60, "b"]
+    assert compare.excerpts(["same"], ["same", "more"]) == ["-", "more"]
+    lines = compare.side_by_side("config", {"a": "1", "b": one, "c": "0"}, {"b": two, "c": "0"})
+    assert lines[0] == "\nconfig: 2 differ, 1 equal" and lines[1].split() == ["a", "1", "-"]
+    assert lines[2].endswith("x" * 30 + "y" * 5)
+
+
+def test_sources_that_differ_in_the_ends_of_lines_or_in_order_say_so(tmp_path):
+    log = read_log(ours(tmp_path / "log.txt"))
+    for text, sentence in ((A.replace("\n", "\r\n"), "train_gpt.py: equal but for the ends of lines"),
+                           (A.replace("LIMIT = 1\n\n\n", "LIMIT = 1\n\n\n\n"), "only moved code or empty lines")):
+        one, two = (dataclasses.replace(log, sources={"train_gpt.py": source}) for source in (A, text))
+        assert list(compare.source_diff(one, two))[-1].strip() == sentence
+
+
+def test_a_decorator_belongs_to_its_function():
+    found = compare.pieces("import os\n\n\n@first\n@second\ndef f():\n    pass\n")
+    assert found == {"module": "import os", "f": "@first\n@second\ndef f():\n    pass"}
 
 
 def test_the_command_of_an_extracted_run_sets_what_the_log_says():
@@ -130,6 +193,7 @@ def test_the_token_tables_that_a_run_read_are_extracted_with_it_and_no_others(tm
         path.write_bytes(path.read_bytes().replace(b"\ngit:", f"\ntoken tables:sha256 {digest}\ngit:".encode()))
         assert main(["extract", str(path), str(tmp_path / name)]) == 0
     assert (tmp_path / "same/data/gpt2_tokens.npz").read_bytes() == tables and not (tmp_path / "other/data").exists()
+    assert "`data` is a link" not in (tmp_path / "other/README.md").read_text()
     assert f"not here as the run read it (sha256 {'0' * 64})" in capsys.readouterr().out
 
 

@@ -1,4 +1,5 @@
 """records.logs reads every dialect as it was written, and says which line it cannot read."""
+import contextlib
 import dataclasses
 import json
 import math
@@ -102,7 +103,8 @@ def test_what_the_trainer_writes_is_read(shards, tmp_path):
     trainer = SimpleNamespace(world=world, describe=lambda plan: ["stage 0: steps 0-13", "model: 5 parameters"])
     written = train_gpt.Log(path)
     train_gpt.log_header(written, cfg, trainer, None)
-    for line in ("seed:7", "step:0/14 val_loss:10.5000 train_time:3ms step_avg:3.00ms"):
+    for line in ("seed:7", "step:0/14 val_loss:10.5000 train_time:3ms step_avg:3.00ms",
+                 "step:14/14 val_loss:2.5000 train_time:90ms step_avg:6.43ms"):
         written.write(line)
     result = {"val_loss": 2.5, "train_time_ms": 90, "steps": 14, "tokens": 5, "seed": 7, "processes": 1,
               "peak_memory_allocated_mib": 1, "peak_memory_reserved_mib": 2}
@@ -158,6 +160,10 @@ def test_the_clock_of_2024_may_start_again_at_step_10_and_nowhere_else(read):
     assert log.result["peak_memory_allocated_mib"] == 31000
     with pytest.raises(LogError, match="line 5.*goes backwards, from 900 to 899 ms"):
         read("\n".join([*lines[:4], lines[3].replace("900", "899")]))
+    for before, after, fine in ((9, 10, True), (8, 9, False), (11, 12, False)):
+        text = f"step:{before}/20 train_loss:7 train_time:90ms\nstep:{after}/20 train_loss:7 train_time:8ms\n"
+        with contextlib.nullcontext() if fine else pytest.raises(LogError, match="goes backwards"):
+            read(text)
 
 
 def test_a_source_appended_to_another_is_a_source_of_its_own(read):
@@ -189,6 +195,7 @@ def test_a_run_of_others_is_finished_with_the_validation_after_its_last_step(rea
 @pytest.mark.parametrize("text,name", [
     ("8x NVIDIA H100 80GB HBM3, compute capability 9.0", "8xH100"), ("4x NVIDIA H200", "4xH200"),
     ("1x NVIDIA H100", "1xH100"), ("8x NVIDIA H100 PCIe", "8xH100 PCIe"),
+    ("2x NVIDIA H100 NVL, compute capability 9.0", "2xH100 NVL"),
     ("2x NVIDIA A100-SXM4-80GB, compute capability 8.0", "2xA100"),
     ("1x NVIDIA GeForce RTX 4090, compute capability 8.9", "1xRTX 4090"), ("1x Tesla T4", "1xTesla T4"),
     ("2x cpu (x86_64, 96 cores)", "cpu"), ("", "unknown")])
@@ -219,9 +226,10 @@ def test_a_log_with_windows_line_ends_says_the_same(tmp_path):
     assert read_log(modded).val_loss == 3.279 and read_log(modded).sources["train_gpt.py"] == sources["train_gpt.py"]
 
 
-def test_bytes_that_are_no_utf_8_are_replaced_and_the_rest_stays(read):
+def test_bytes_of_a_source_that_are_no_utf_8_stay_and_the_rest_is_read(read):
     log = read(b"import os  # \xff\n" + f"{RULE}\n".encode() + b"\xfe\xff\n" + MODDED.encode())
-    assert log.sources == {"train_gpt.py": "import os  # \ufffd\n"} and log.val_loss == 3.279
+    assert log.sources["train_gpt.py"].encode(errors="surrogateescape") == b"import os  # \xff\n"
+    assert log.val_loss == 3.279
 
 
 def test_a_large_log_is_read_in_seconds(read):
@@ -237,6 +245,12 @@ def test_the_run_s_id_is_the_file_s_name_else_an_id_in_the_log_else_the_name(rea
     assert read(MODDED, f"{UUID.format(1)}.txt").run_id == UUID.format(1)
     assert read(f"run {UUID.format(2)}\n{MODDED}", "name.txt").run_id == UUID.format(2)
     assert read(f"import os  # {UUID.format(2)}\n{RULE}\n{MODDED}", "name.txt").run_id == "name"
+
+
+def test_logs_of_one_name_without_an_id_are_two_runs(read, tmp_path):
+    (tmp_path / "a").mkdir()
+    assert read("s:0 tel:1\n", "main.log").identity != read("s:0 tel:1\n", "a/main.log").identity
+    assert read(MODDED, f"{UUID.format(1)}.txt").identity == read(MODDED, f"a/{UUID.format(1)}.txt").identity
 
 
 def test_find_logs_sorts_the_text_files_of_a_folder(tmp_path):
@@ -262,6 +276,8 @@ FIRST = "step:1/2 val_loss:3.1 train_time:5ms"
     ("step:2/2 lr:0.1", "needs val_loss, train_loss or train_time"),
     ("step:3/2 val_loss:3.1 train_time:9ms", "step 3 is above the total of 2"),
     ("step:0/2 val_loss:3.1 train_time:9ms", "step 0 follows step 1: if the file holds two runs, split it"),
+    ("tep:2/2 val_loss:3.1 train_time:9ms", "this is not a step line; take the line from the original log"),
+    (" s:2 tel:3.1", "this is not a step line"), ("2 trl:3.1 lr:0.1", "this is not a step line"),
 ])
 def test_a_step_line_that_cannot_be_is_named_with_its_number_and_text(read, tmp_path, line, reason):
     with pytest.raises(LogError) as error:
@@ -280,12 +296,57 @@ def test_a_clock_of_ours_never_goes_backwards(tmp_path):
 @pytest.mark.parametrize("result,reason", [
     ('{"val_loss": 3.2, "train_t', "the result is cut off"), ('{"val_loss": "low"}', "val_loss is 'low'"),
     ('{"val_loss": 3.2, "train_time_ms": 1}', "steps is None"),
-    ('{"val_loss": 3.2, "train_time_ms": 1, "steps": 2, "tokens": "many"}', "tokens is 'many'")])
+    ('{"val_loss": 3.2, "train_time_ms": 1, "steps": 2, "tokens": "many"}', "tokens is 'many'"),
+    ('{"val_loss": true, "train_time_ms": 1, "steps": 2}', "val_loss is True"),
+    ('{"val_loss": 3.2, "train_time_ms": -1, "steps": 2}', "train_time_ms is -1"),
+    ('{"val_loss": 3.2, "train_time_ms": 1, "steps": 2}', "the result does not follow a validation")])
 def test_a_broken_result_is_named(tmp_path, result, reason):
     path = ours(tmp_path / "log.txt", finished=False)
     path.write_text(path.read_text() + result)
     with pytest.raises(LogError, match=reason):
         read_log(path)
+
+
+@pytest.mark.parametrize("old,new,reason", [
+    ('"val_loss": 3.27,', '"val_loss": 3.1,', "val_loss is 3.1, the last validation's 3.27"),
+    ('"val_loss": 3.27,', '"val_loss": NaN,', "val_loss is nan, the last validation's 3.27"),
+    ('"train_time_ms": 2000', '"train_time_ms": 1990', "train_time_ms is 1990, the last validation's 2000.0"),
+    ('"steps": 20', '"steps": 0', "steps is 0, the last validation's 20"),
+    ('"scheduled_steps": 20', '"scheduled_steps": 19', "scheduled_steps is 19, the last validation's 20")])
+def test_a_result_that_is_not_the_last_validation_s_is_refused(tmp_path, old, new, reason):
+    path = ours(tmp_path / "log.txt")
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(LogError, match=f"line .*{reason}; take the line from the original log"):
+        read_log(path)
+    path.write_text(path.read_text().replace(new, old).replace('"val_loss": 3.27,', '"val_loss": 3.270049,'))
+    assert read_log(path).val_loss == 3.270049
+
+
+@pytest.mark.parametrize("lead", [b"\xef\xbb\xbf", b"\n", b"  \r\n"])
+def test_what_an_editor_put_before_a_log_is_refused(tmp_path, lead):
+    path = ours(tmp_path / "log.txt")
+    path.write_bytes(lead + path.read_bytes())
+    with pytest.raises(LogError, match="begins with a byte order mark or a blank line, .*: delete it"):
+        read_log(path)
+
+
+def test_a_byte_order_mark_before_a_step_is_refused_and_a_blank_line_is_none_of_the_log(read):
+    with pytest.raises(LogError, match="begins with a byte order mark"):
+        read(f"\ufeff{MODDED}")
+    assert len(read(f"\n{MODDED}").steps) == 4
+
+
+def test_lines_about_checkpoints_are_no_steps_and_a_resumed_run_is_known(tmp_path):
+    path = ours(tmp_path / "log.txt")
+    whole, text = read_log(path), path.read_text()
+    last = "step:20/20 train_loss"
+    path.write_text(text.replace(last, f"checkpoint:a_step_2.pt\ncheckpoint: none at step 4, free some space\n{last}"))
+    assert read_log(path) == whole and not whole.resumed
+    path.write_text(text.replace("seed:0\n", "resumed:a_step_2.pt at step 2, with its settings\nseed:0\n"))
+    log = read_log(path)
+    assert log.resumed and log.config == whole.config and log.environment["stage 0"] == whole.environment["stage 0"]
+    path.write_text(text.replace('"seed": 0', '"seed": 0, "resumed_at": 2'))
+    assert read_log(path).resumed
 
 
 def test_a_loss_that_is_nan_is_read_as_nan(read):
@@ -298,6 +359,11 @@ def test_a_loss_that_is_nan_is_read_as_nan(read):
 def test_a_file_without_a_step_is_no_log(read, text, reason):
     with pytest.raises(LogError, match=reason):
         read(text)
+
+
+def test_a_device_is_no_log():
+    with pytest.raises(LogError, match="/dev/null is empty or no file"):
+        read_log("/dev/null")
 
 
 def test_what_cannot_be_opened_is_named(tmp_path):

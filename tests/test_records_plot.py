@@ -113,6 +113,14 @@ def test_the_curves_are_those_of_the_fastest_whole_runs(project):
     assert [log.run_id for log in plot.fastest_logs()] == ["a0", "b0", "c0"]
 
 
+def test_a_resumed_run_is_in_no_picture_of_records(project):
+    rows = plot.record_rows(all_logs(project))
+    path = write(project / "corpus/2026-01-01_One/resumed.txt", ms=800)
+    path.write_text(path.read_text().replace('"processes"', '"resumed_at": 4, "processes"'))
+    assert plot.record_rows(all_logs(project)) == rows
+    assert [log.run_id for log in plot.fastest_logs()] == ["a0", "b0", "c0"]
+
+
 def test_tokens_follow_the_stages(project, tmp_path):
     log = read_log(project / "corpus/2026-01-01_One/a0.txt")
     assert [plot.tokens_done(log, step) for step in (0, 1, 4, 5, 8)] == [0, 1000, 4000, 6500, 14000]
@@ -120,6 +128,11 @@ def test_tokens_follow_the_stages(project, tmp_path):
     assert plot.tokens_done(read_log(write(tmp_path / "log.txt", stages="stage 0: steps 0-7\n")), 4) == 7000
     (tmp_path / "modded.txt").write_text(MODDED)
     assert math.isnan(plot.tokens_done(read_log(tmp_path / "modded.txt"), 4))
+    untold = write(tmp_path / "log.txt", stages="stage 0: steps 0-3\nstage 1: steps 4-7\n")
+    assert math.isnan(plot.tokens_done(read_log(untold), 4))
+    path = write(tmp_path / "log.txt", stages="config batch_tokens=1750\n")
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    assert plot.tokens_done(read_log(path), 4) == 7000  # unfinished
 
 
 @pytest.mark.parametrize("log", [log for log in all_logs(ROOT / "records") if log.finished], ids=lambda log: log.run_id)
@@ -197,6 +210,21 @@ def test_the_project_s_own_pictures_have_no_collisions():
         assert not collisions(plot.curves_figure(plot.curves_of(plot.fastest_logs())))
 
 
+def test_a_run_without_a_validation_after_step_0_draws_no_marker_and_is_not_squeezed(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text("step:0/8 val_loss:10.8 train_time:0ms\nstep:1/8 train_loss:9 train_time:9000ms\n"
+                    "step:4/8 train_loss:7 train_time:40000ms\n")
+    with plot.style():
+        figure = plot.curves_figure(plot.curves_of([read_log(path)]))
+    assert drawn(figure.axes[0]) == [([9, 40], [9, 7])] and not collisions(figure)
+
+
+def test_names_are_drawn_as_they_stand():
+    row = plot.Row("$a", "2026-01-01 $\\frac$", [1, 2], [3.28], "8")
+    with plot.style():
+        assert not collisions(plot.records_figure([row]))
+
+
 def test_colours_are_told_apart_in_grey():
     def lightness(color: str) -> float:
         linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055)**2.4 for part in to_rgb(color)]
@@ -247,6 +275,23 @@ def test_one_picture_alone_and_logs_for_the_curves(project, tmp_path, capsys):
                                        "so the panel of tokens is without it\n")
 
 
+@pytest.mark.parametrize("column", ["val_loss:nan", "lr:0.1"])
+def test_a_log_without_a_loss_is_said_to_have_none(project, tmp_path, capsys, column):
+    path = tmp_path / "2026_nan" / "log.txt"
+    path.parent.mkdir()
+    path.write_text(f"step:0/8 val_loss:10.8 train_time:0ms\nstep:8/8 {column} train_time:9ms\n")
+    assert plot.plot(["curves", str(path), "--out", str(tmp_path)]) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("no loss after step 0 is finite, so it is not drawn") and last == "curves: nothing to draw"
+
+
+@pytest.mark.skipif(matplotlib.__version__ != "3.11.2", reason="the project's pictures were made by matplotlib 3.11.2")
+def test_the_project_s_pictures_are_what_its_logs_say(tmp_path, capsys):
+    assert plot.plot(["--out", str(tmp_path)]) == 0
+    for name in ("records.png", "curves.png", "ladder.png"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "img" / name).read_bytes(), "run `python -m records plot`"
+
+
 def test_without_rungs_the_ladder_is_left_out(project, tmp_path, capsys):
     sentence = "ladder: no folder records/ladder/NN_name has the log of a whole run: nothing to draw\n"
     assert plot.plot(["--out", str(tmp_path / "all")]) == 0 and capsys.readouterr().err == sentence
@@ -256,7 +301,9 @@ def test_without_rungs_the_ladder_is_left_out(project, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, part", [
-    (["--out"], "--out needs a folder"), (["--size", "3"], "--size is no option"), (["record"], "record is no log"),
+    (["--out"], "--out needs a folder"), (["--size", "3"], "--size is no option"),
+    (["recrods"], "recrods is no log: did you mean records?"),
+    (["none.txt"], "none.txt is no log: write `python -m records plot"),
     (["ladder", "LOG"], "ladder takes no log"), (["records", "LOG"], "records takes no log")])
 def test_bad_arguments_give_one_sentence(project, capsys, argv, part):
     argv = [str(project / "corpus/2026-01-01_One/a0.txt") if word == "LOG" else word for word in argv]

@@ -42,6 +42,7 @@ if FAULT == "interrupted" and seed == 2:
     sys.exit(130)
 draw = random.Random(f"{side}{seed}").gauss
 ms, loss = round(50_000 + draw(0, 100)) + SLOWER, 3.3 + random.Random(seed).gauss(0, 0.01) + draw(0, 0.001) + WORSE
+loss = float("nan") if FAULT == "nan" else loss
 rule = "=" * 100
 lines = [rule, "source: train_gpt.py", rule, pathlib.Path(__file__).read_text(), rule, "environment", rule,
          "python:3", f"hardware:{HARDWARE}", "config preset=smoke", f"config seed={seed}", "config steps=20"]
@@ -49,8 +50,7 @@ if "train_files" in given and FAULT != "deaf":
     lines.append(f"config train_files={given['train_files']}")
 lines += [f"seed:{seed}", f"step:20/20 val_loss:{loss:.4f} train_time:{ms}ms step_avg:1ms"]
 if FAULT != "unfinished":
-    lines.append(json.dumps(dict(val_loss=float("nan") if FAULT == "nan" else loss, train_time_ms=ms, steps=20,
-                                 seed=seed, hardware=HARDWARE)))
+    lines.append(json.dumps(dict(val_loss=loss, train_time_ms=ms, steps=20, seed=seed, hardware=HARDWARE)))
 folder = pathlib.Path(given["log_dir"], "2026-01-01_fake")
 folder.mkdir(parents=True)
 if FAULT != "silent":

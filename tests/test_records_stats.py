@@ -1,5 +1,7 @@
 """The tests of means, the leaderboards and the check of the record folders say what the logs say."""
 import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,7 +100,7 @@ def test_a_mean_below_the_target_is_said_to_be(run, runs):
 
 def test_one_run_or_equal_losses_give_no_p(run, runs, tmp_path):
     assert "mean below 3.28: no p, one run has no spread" in run("stats", runs[0])[1]
-    equal = [str(ours(log_path(tmp_path / "equal", seed), seed)) for seed in (0, 1)]
+    equal = [str(ours(log_path(tmp_path / "equal", seed), seed, ms=2000 + seed)) for seed in (0, 1)]
     assert "mean below 3.28: no p, all losses are equal" in run("stats", *equal)[1]
 
 
@@ -153,6 +155,51 @@ def test_a_run_that_is_given_twice_is_refused(run, runs, others):
         assert f"{runs[0]} and {runs[0]} have the same run" in refused(run, "stats", *argv)
 
 
+def test_a_run_under_other_names_is_refused_and_two_files_of_one_name_are_two_runs(run, tmp_path):
+    paths = [tmp_path / name for name in ("a/main.log", "b/main.log", "c.txt")]
+    for path, loss in zip(paths, (3.27, 3.26, 3.27), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"s:0 tel:11\ns:9 tel:{loss}\n")
+    first, second, copy = map(str, paths)
+    assert run("stats", first, second)[0] == 0
+    for argv in ((first, copy), (first, "--", copy)):
+        assert f"{first} and {copy} have the same step lines" in refused(run, "stats", *argv)
+
+
+def test_a_seed_is_named_only_where_nothing_else_differs(run, runs, tmp_path):
+    odd = str(ours(log_path(tmp_path / "odd", 9), seed=0, source="import sys\n"))
+    assert "differ in source" in refused(run, "stats", runs[0], odd)
+
+
+def test_runs_that_differ_in_checkpoints_alone_are_of_one_thing(run, runs, tmp_path):
+    saving = str(ours(log_path(tmp_path / "saving", 9), seed=9, save_every=2, keep=0))
+    assert run("stats", runs[0], saving)[0] == 0
+
+
+def resume(path: Path) -> Path:
+    path.write_text(path.read_text().replace('"processes"', '"resumed_at": 8, "processes"'))
+    return path
+
+
+def test_a_resumed_run_is_refused(run, runs, tmp_path):
+    resumed = resume(ours(log_path(tmp_path / "resumed", 9), seed=9))
+    for argv in ((*runs, str(resumed)), (*runs, "--", str(resumed))):
+        assert refused(run, "stats", *argv) == f"error: {resumed} was resumed, its training began in another log: " \
+            "leave it out\n"
+
+
+def stop(path: Path, scheduled: int) -> Path:
+    """The log as of a run of 20 steps of this schedule."""
+    text = path.read_text().replace("/20 ", f"/{scheduled} ")
+    path.write_text(text.replace('"scheduled_steps": 20', f'"scheduled_steps": {scheduled}'))
+    return path
+
+
+def test_stats_says_that_a_run_stopped_early(run, tmp_path):
+    path = stop(ours(log_path(tmp_path / "short", 0)), 1200)
+    assert run("stats", str(path))[1].startswith("1 run of official on 8xH100, 20 of 1,200 steps, seed 0\n")
+
+
 def test_sets_of_two_tracks_are_refused(run, runs, tmp_path):
     other = str(ours(log_path(tmp_path / "other", 9), preset="corpus"))
     assert "differ in track, official and corpus" in refused(run, "stats", *runs, "--", other)
@@ -182,7 +229,8 @@ def root(tmp_path) -> Path:
         (folder / "README.md").write_text("# What was changed\n")
     for other in ("notes", "runs/2026-01-04_Mine", "ladder/small"):
         (root / other).mkdir(parents=True)
-    (root / "README.md").write_text(f"# Records\n\n{table.BEGIN}\n{table.END}\n\nAfter.\n")
+    for readme in (root / "README.md", tmp_path / "README.md"):
+        readme.write_text(f"# Records\n\n{table.BEGIN}\n{table.END}\n\nAfter.\n")
     return root
 
 
@@ -243,8 +291,26 @@ def test_an_unfinished_log_needs_the_readme_s_word_that_it_was_cut_off(root):
     path = ours(folder / "ab120000-0000-4000-8000-000000000000.txt", 5, finished=False, preset="smoke")
     assert problems(root) == [f"smoke/{folder.name}/{path.name} has no result, and the README does not say that "
                               "ab120000 was cut off"]
+    for text in ("ab120000 ended at step 19\n", "a run was cut off at step 19\n"):
+        (folder / "README.md").write_text(text)
+        assert len(problems(root)) == 1
     (folder / "README.md").write_text("ab120000 was cut off at step 19\n")
     assert problems(root) == []
+
+
+def test_a_resumed_run_is_no_record(root):
+    path = resume(log_path(root / "smoke" / "2026-01-03_Second", 2))
+    assert problems(root) == [f"smoke/2026-01-03_Second/{path.name} was resumed: its training began in another log"]
+
+
+def test_a_run_that_stands_there_twice_is_found_by_its_id_and_by_its_steps(root, run, monkeypatch):
+    monkeypatch.setattr(check, "RECORDS", root)
+    first, second = root / "official/2026-01-02_First", root / "smoke/2026-01-03_Second"
+    ours(log_path(second, 0), 7, 3.25, preset="smoke")
+    (second / "renamed.txt").write_bytes(log_path(first, 1).read_bytes())
+    assert run("check")[1].splitlines() == [
+        f"smoke/{second.name}/{UUID.format(0)}.txt is the run of official/{first.name}/{UUID.format(0)}.txt again",
+        f"smoke/{second.name}/renamed.txt is the run of official/{first.name}/{UUID.format(1)}.txt again"]
 
 
 def test_check_counts_or_lists(root, run, monkeypatch):
@@ -319,22 +385,46 @@ def test_unfinished_logs_are_counted_and_no_row(tables, root):
     assert "\n\nLeft out: 1 unfinished log.\n" in tables() and len(rows(tables())) == 2
 
 
+def test_resumed_logs_are_counted_and_no_row(tables, root):
+    folder = root / "smoke" / "2026-01-03_Second"
+    resume(ours(log_path(folder, 5), 5, preset="smoke"))
+    ours(log_path(folder, 6), 6, finished=False, preset="smoke")
+    text = tables()
+    assert "\n\nLeft out: 1 unfinished log and 1 resumed log.\n" in text
+    assert [row[3] for row in rows(text)] == ["2", "1"]
+
+
+def test_runs_that_stopped_early_follow_the_whole_ones_of_their_hardware(tables, root):
+    stop(ours(log_path(root / "smoke" / "2026-01-03_Second", 5), 5, ms=900, preset="smoke"), 30)
+    found = [(row[5], row[7]) for row in rows(tables()) if "Second" in row[0]]
+    assert found == [("2.00", "20"), ("0.90", "20 of 30")]
+
+
 def test_a_log_of_others_has_a_row_too(tables, root):
     path = root / "smoke" / "2026-01-03_Second" / "theirs.txt"
     path.write_text(f"{SOURCE}{RULE}\n{MODDED}")
     assert rows(tables())[-1][1:9] == ["unknown", "-", "1", "3.2790", "2.01", "-", "20", "-"]
 
 
-def test_the_project_s_readme_is_written_only_where_it_has_the_markers_and_its_links_start_there(tables, root):
+def test_the_project_s_readme_must_have_the_table_and_its_links_start_there(tables, root, run):
     readme = root.parent / "README.md"
     readme.write_text("# Project\n")
-    tables()
-    assert readme.read_text() == "# Project\n"
+    assert f"{readme} needs the line {table.BEGIN}" in refused(run, "table")
+    readme.unlink()
+    assert f"{readme} is missing: make it, with the lines {table.BEGIN}" in refused(run, "table")
     readme.write_text(f"# Project\n{table.BEGIN}\nold\n{table.END}\n")
     inner, outer = tables(), readme.read_text()
     assert "old" not in outer and outer.count("](records/") == inner.count("](") > 0
     for text, base in ((inner, root), (outer, root.parent)):
         assert all((base / link.split(")")[0]).exists() for link in text.split("](")[1:])
+
+
+@pytest.mark.parametrize("name", ["README.md", "records/README.md", "records/ladder/README.md"])
+def test_what_the_project_s_readmes_link_is_there(name):
+    path = ROOT / name
+    links = [link for link in re.findall(r"\]\(([^)#]+)", path.read_text()) if not link.startswith("http")]
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert name != "README.md" or {"img/records.png", "img/curves.png", "img/ladder.png"} <= set(links)
 
 
 def rung(root: Path, name: str, *runs: dict) -> Path:
@@ -371,7 +461,20 @@ def test_a_rung_needs_its_script_and_a_result_in_its_logs(root, run, monkeypatch
     folder = rung(root, "01_A", dict(finished=False))
     (folder / "train_gpt.py").unlink()
     code, out, _ = run("check")
-    assert code == 1 and out.splitlines()[0] == "ladder/01_A has no train_gpt.py" and "has no result" in out
+    assert code == 1 and out.splitlines()[0] == "ladder/01_A has no train_gpt.py, or an empty one"
+    assert "has no result" in out
+
+
+def test_a_rung_needs_a_readme_and_the_script_that_its_logs_ran(root):
+    folder = rung(root, "01_A", {})
+    assert check.rung_problems(folder) == []
+    (folder / "README.md").write_text(" \n")
+    (folder / "train_gpt.py").write_text("import os\n")
+    assert check.rung_problems(folder) == [
+        "ladder/01_A has no README.md, or an empty one",
+        f"ladder/01_A/{UUID.format(0)}.txt embeds another train_gpt.py than its folder has"]
+    (folder / "README.md").unlink()
+    assert check.rung_problems(folder)[0] == "ladder/01_A has no README.md, or an empty one"
 
 
 def test_check_changes_nothing_and_names_the_file_that_differs(tables, root, run):
@@ -382,6 +485,8 @@ def test_check_changes_nothing_and_names_the_file_that_differs(tables, root, run
     assert run("table", "--check") == (1, "records/README.md differs from what the logs say: "
                                           "run `python -m records table`\n", "")
     assert path.read_text() == old
+    (root.parent / "README.md").write_text(f"{table.BEGIN}\n{table.END}\n")
+    assert run("table", "--check")[1].startswith("records/README.md and README.md differ from what the logs say")
 
 
 @pytest.mark.parametrize("text", ["none", table.BEGIN, f"{table.END}{table.BEGIN}", table.BEGIN * 2 + table.END])
@@ -418,6 +523,15 @@ def test_the_module_is_a_program(tmp_path):
     done = subprocess.run([sys.executable, "-m", "records", "stats", str(tmp_path / "none.txt")], cwd=ROOT, text=True,
                           capture_output=True, timeout=60)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(runs):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        done = subprocess.run([sys.executable, "-m", "records", "stats", *runs], cwd=ROOT, text=True, stdout=closed,
+                              stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
