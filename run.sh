@@ -96,19 +96,24 @@ for n in 8 4 2; do
 done
 nproc=${NPROC:-$nproc}
 for setting in NNODES="$nodes" NPROC="$nproc"; do
-    [[ "${setting#*=}" =~ ^[1248]$ ]] || die "$setting: give 1, 2, 4 or 8, for a step's 8 slices to be shared evenly"
+    [[ "${setting#*=}" =~ ^(1|2|4|8|16|32)$ ]] || die "$setting: give 1, 2, 4 or 8, for a step's 8 slices to be shared" \
+        "evenly; or 16 or 32 with as many slices="
 done
-[ "$((nodes * nproc))" -le 8 ] ||
-    die "$nodes nodes of $nproc processes are more than a step's 8 slices: give NPROC=$((8 / nodes)) or fewer"
+slices=8
+for option in "$@"; do
+    case $option in slices=*[!0-9]* | slices=) ;; slices=*) slices=${option#slices=} ;; esac
+done
+[ "$((nodes * nproc))" -le "$slices" ] || die "$nodes nodes of $nproc processes are more than a step's $slices slices:" \
+    "give NPROC=$((slices / nodes)) or fewer, or slices=$((nodes * nproc))"
 
 launch=("$PYTHON")
 if [ "$nodes" -gt 1 ]; then
     [ -n "${NODE_RANK:-}" ] || die "NNODES=$nodes needs NODE_RANK: give the number of this node, from 0"
     [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: give the address of node 0"
-    launch+=(-m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$nproc" --node_rank "$NODE_RANK"
+    launch+=(runtime.py launch --nnodes "$nodes" --nproc_per_node "$nproc" --node_rank "$NODE_RANK"
         --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 elif [ "$nproc" -gt 1 ]; then
-    launch+=(-m torch.distributed.run --standalone --nproc_per_node "$nproc")
+    launch+=(runtime.py launch --standalone --nproc_per_node "$nproc")
 fi
 if [ "${#launch[@]}" -gt 1 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 

@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parent  # paths count from here
 
 class UserError(Exception):
     """What the user can mend: one sentence with the value and the remedy, printed without a traceback; and the exit
-    code, 2: input that is the same for all processes, 3: out of memory, 4: another process is gone."""
+    code, 2: input that is the same for all processes, 3: out of memory, 4: another process is gone, 130 and 143:
+    ended by SIGINT and SIGTERM."""
 
     def __init__(self, sentence: str, code: int = 2):
         super().__init__(sentence)
@@ -53,6 +55,14 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def speak_on_sigterm() -> None:
+    """A process alone ends with a sentence; of several, torchrun ends those that wait, and speaks for them."""
+    def end(number, frame):
+        raise UserError("ended by SIGTERM", 143)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        signal.signal(signal.SIGTERM, end)
 
 
 # ==================== Options ====================
@@ -183,6 +193,8 @@ def told(cfg, world, trainer=None, checkpoints: Checkpoints | None = None):
         yield
     except UserError as error:
         raise UserError(f"{error}{hint()}", error.code) from None
+    except KeyboardInterrupt:
+        raise UserError(f"interrupted in {phase()}; the log so far is under {cfg.log_dir}{hint()}", 130) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
             raise UserError(out_of_memory(cfg, world.device, phase()) + hint(), 3) from None
@@ -392,6 +404,16 @@ def shell(*command: str) -> str:
         return done.stdout.strip() if done.returncode == 0 else f"({command[0]}: exit {done.returncode})"
     except (OSError, subprocess.TimeoutExpired):
         return f"({command[0]}: not available)"
+
+
+def python_command() -> str:
+    """How to start this Python from the root: by name where the PATH leads to it, else by its path."""
+    own = Path(sys.executable)
+    for name in ("python", "python3"):
+        found = shutil.which(name)
+        if found and Path(found).parent == own.parent:
+            return name
+    return os.path.relpath(own, ROOT) if own.is_relative_to(ROOT) else str(own)
 
 
 def file_hash(name: str) -> str:

@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -58,8 +57,10 @@ from runtime import (
     parse_arguments,
     peak_host_mib,
     print_help,
+    python_command,
     read_checkpoint,
     shell,
+    speak_on_sigterm,
     start_reading,
     told,
 )
@@ -863,16 +864,6 @@ def own_shards(cfg: Config) -> bool:
                                    for key in ("train_files", "val_files"))
 
 
-def python_command() -> str:
-    """How to start this Python from the root: by name where the PATH leads to it, else by its path."""
-    own = Path(sys.executable)
-    for name in ("python", "python3"):
-        found = shutil.which(name)
-        if found and Path(found).parent == own.parent:
-            return name
-    return os.path.relpath(own, ROOT) if own.is_relative_to(ROOT) else str(own)
-
-
 def more_shards(cfg: Config, needed: int = 0) -> str:
     """What to do for shards that are missing."""
     if not own_shards(cfg):
@@ -1111,6 +1102,9 @@ def read_validation(cfg: Config, world: World) -> Validation:
     for begin in range(0, cfg.val_tokens, size):
         starts = np.flatnonzero(stream[begin:begin + size] == BOS)
         cut.append(starts if len(starts) and starts[0] == 0 else np.concatenate(([0], starts)))
+    if len(cut) < world.size:
+        raise UserError(f"val_tokens={cfg.val_tokens} is {len(cut)} slice(s) of val_slice_tokens={size}, fewer than "
+                        f"{world.size} processes: lower val_slice_tokens=")
     rows = table_rows(max(map(len, cut)))
     max_doc = max(int(np.diff(starts, append=size).max()) for starts in cut)
     mine = range(world.rank, len(cut), world.size)
@@ -1587,12 +1581,13 @@ def main(argv: list[str]) -> int:
         cfg = parse_options(argv)
         return command(cfg, start_world(cfg)) or 0
     except UserError as error:
-        return fail(str(error), error.code, everywhere=error.code != 2)
+        return fail(str(error), error.code, everywhere=error.code in (3, 4))
     except KeyboardInterrupt:
-        return fail(f"interrupted; what was logged so far is under {cfg.log_dir}", 130)
+        return fail("interrupted before the first step", 130)
 
 
 if __name__ == "__main__":
+    speak_on_sigterm()
     code = main(sys.argv[1:])
     if code:
         leave(code)

@@ -240,10 +240,10 @@ def test_the_remedy_names_a_python_that_is_this_one(refused, monkeypatch, tmp_pa
 
 def test_a_python_off_the_path_is_named_by_its_own_path(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(train_gpt, "ROOT", tmp_path)
-    assert train_gpt.python_command() == sys.executable
-    monkeypatch.setattr(train_gpt, "ROOT", Path(sys.executable).parents[1])
-    assert train_gpt.python_command() == os.path.join("bin", os.path.basename(sys.executable))
+    monkeypatch.setattr(runtime, "ROOT", tmp_path)
+    assert runtime.python_command() == sys.executable
+    monkeypatch.setattr(runtime, "ROOT", Path(sys.executable).parents[1])
+    assert runtime.python_command() == os.path.join("bin", os.path.basename(sys.executable))
 
 
 @pytest.mark.parametrize("preset", ["smoke", "official"])

@@ -213,7 +213,7 @@ def test_the_gpu_path_is_the_cpu_path(shards, mode):
         rotary = train_gpt.rotary_tables(cfg, 0, 2 * total, "cuda", dtype)
         step = torch.compile(train_gpt.slice_loss, dynamic=False, fullgraph=True) if kernels is chosen else \
             train_gpt.slice_loss
-        loss = step(model, tokens, table, 896, *rotary, view, torch.ones(1, device="cuda"), False)
+        loss = step(model, tokens, table, 896, *rotary, view, torch.tensor([1.0, 0.25], device="cuda"), False)
         loss.backward()
         losses.append(loss.item())
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

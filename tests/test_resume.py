@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 import train_gpt
 from conftest import tiny_config
+train_gpt.speak_on_sigterm()
 options = dict(option.split("=", 1) for option in sys.argv[2:])
 options = {key: int(value) if value.isdecimal() else value for key, value in options.items()}
 cfg = tiny_config(Path(sys.argv[1]), **options)
@@ -119,6 +120,19 @@ def test_a_run_killed_at_ten_points_ends_with_the_losses_of_one_that_was_not(sha
     expected, seen = losses(tmp_path / "uncut"), losses(out)
     assert len(list(out.rglob("*.txt"))) == 11 and seen == expected
     assert max(step for step, _ in seen) == 26
+
+
+@pytest.mark.parametrize("number, code, says", [(signal.SIGTERM, 143, "ended by SIGTERM"),
+                                                (signal.SIGINT, 130, "interrupted in training")])
+def test_a_run_that_is_told_to_end_says_where_to_go_on(shards, tmp_path, number, code, says):
+    run = start(shards, "save_every=2", "keep=0", f"log_dir={tmp_path}")
+    while run.poll() is None and not newest(tmp_path):
+        time.sleep(0.05)
+    run.send_signal(number)
+    assert run.wait(60) == code
+    error = run.stderr.read()
+    assert re.fullmatch(rf"error: {says}.*; go on from its last checkpoint with resume=\S+\.pt\n", error), error
+    assert Path(ROOT / re.search(r"resume=(\S+)", error)[1]).is_file() and not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("before, after", [(4, 1), (1, 2)])

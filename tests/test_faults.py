@@ -1,0 +1,139 @@
+"""A process that is killed, stopped, stuck or cut off ends the whole run soon, by name; and the run goes on after."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, random_stream, write_shard
+from test_resume import DRIVER, losses, newest, start
+
+STUCK = """
+import os, time
+def stuck(trainer, step, batches, real=train_gpt.Trainer.train_step):
+    if step == 6 and os.environ["RANK"] == "1":
+        time.sleep(300)
+    return real(trainer, step, batches)
+train_gpt.Trainer.train_step = stuck
+"""
+
+
+def process_of(run: subprocess.Popen, rank: int) -> int:
+    """Process id of a rank among the launcher's children."""
+    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise LookupError(rank)
+
+
+def wait_for(condition, run: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    assert condition(), run.stderr.read() if run.poll() is not None else "too late"
+
+
+def end_of(run: subprocess.Popen, seconds: float = 60) -> str:
+    """Its errors; it has to end within the time."""
+    begin = time.monotonic()
+    try:
+        _, error = run.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        pytest.fail(f"still running after {seconds} s: {run.communicate()[1]}")
+    assert run.returncode != 0 and time.monotonic() - begin < seconds
+    assert "Traceback" not in error, error
+    return "\n".join(line for line in error.splitlines() if line.startswith("error: "))
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes through /proc")
+
+
+@linux
+@pytest.mark.parametrize("number, says", [
+    (signal.SIGKILL, "rank 1 was killed (SIGKILL)"), (signal.SIGSTOP, "rank 1 gave no sign of life for 20 s")])
+def test_a_rank_that_is_killed_or_stopped_ends_the_run_by_name_and_it_goes_on(shards, tmp_path, number, says):
+    options = ["save_every=2", "keep=0", f"log_dir={tmp_path}"]
+    run = start(shards, *options, processes=2)
+    wait_for(lambda: newest(tmp_path), run)
+    os.kill(process_of(run, 1), number)
+    error = end_of(run)
+    assert says in error and "resume=" in error, error
+    last = start(shards, *options, f"resume={newest(tmp_path)}", processes=2)
+    assert last.wait(120) == 0, last.stderr.read()
+    found = losses(tmp_path)
+    assert max(found)[0] == 14 and all(len(values) == 1 for values in found.values())
+
+
+@linux
+def test_a_rank_that_is_stuck_ends_the_run_by_name(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("test_resume.DRIVER", DRIVER.replace("code = ", STUCK + "code = "))
+    error = end_of(start(shards, f"log_dir={tmp_path}", processes=2), 120)
+    assert re.search("rank 1 has been stuck for 2[0-9] s", error), error
+
+
+def test_sixteen_processes_train_as_one_does(shards, tmp_path):
+    for processes in (1, 16):
+        run = start(shards, "slices=16", "dtype=float64", "val_slice_tokens=32", f"log_dir={tmp_path}/{processes}",
+                    processes=processes)
+        assert run.wait(300) == 0, run.stderr.read()
+    assert losses(tmp_path / "1") and losses(tmp_path / "1") == losses(tmp_path / "16")
+
+
+@pytest.fixture
+def hosts():
+    """Two network namespaces with addresses of their own and a wire between them; gives the wire's switch."""
+    def ip(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["ip", *command], capture_output=True, text=True)
+    names = [f"trainer{os.getpid()}{k}" for k in "ab"]
+    if not shutil.which("ip") or ip("netns", "add", names[0]).returncode:
+        pytest.skip("this machine allows no network namespaces")
+    try:
+        ip("netns", "add", names[1])
+        wire = ip("link", "add", "wire0", "netns", names[0], "type", "veth", "peer", "name", "wire1", "netns", names[1])
+        if wire.returncode:
+            pytest.skip(f"this machine allows no wire between namespaces: {wire.stderr.strip()}")
+        for k, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{k + 1}/24", "dev", f"wire{k}")
+            for device in ("lo", f"wire{k}"):
+                ip("-n", name, "link", "set", device, "up")
+        yield names, lambda state: ip("-n", names[1], "link", "set", "wire1", state)
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def start_nodes(names: list[str], shards: Path, port: int, *options: str) -> list[subprocess.Popen]:
+    driver = shards / "driver.py"
+    driver.write_text(DRIVER)
+    return [subprocess.Popen(
+        ["ip", "netns", "exec", name, sys.executable, "runtime.py", "launch", "--nnodes", "2", "--nproc_per_node", "2",
+         "--node_rank", str(k), "--master_addr", "10.77.0.1", "--master_port", str(port), str(driver), str(shards),
+         *options], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"wire{k}",
+             "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))}) for k, name in enumerate(names)]
+
+
+def test_two_nodes_train_as_one_and_a_node_that_is_cut_off_ends_the_run_which_goes_on(hosts, tmp_path):
+    names, switch = hosts
+    write_shard(tmp_path / "train_000000.bin", random_stream(0, 20_000, longest=40))
+    write_shard(tmp_path / "val_000000.bin", random_stream(1, 600))
+    options = ["save_every=2", "keep=0", "steps=24", "dtype=float64"]
+    cut = start_nodes(names, tmp_path, 29517, *options, f"log_dir={tmp_path}/nodes")
+    wait_for(lambda: newest(tmp_path / "nodes"), cut[0])
+    switch("down")
+    begin = time.monotonic()
+    errors = [end_of(node) for node in cut]
+    assert time.monotonic() - begin < 60 and all("resume=" in error for error in errors), errors
+    assert re.search("rank [23] gave no sign of life", errors[0]) and "no answer from the run's store" in errors[1]
+    switch("up")
+    for node in start_nodes(names, tmp_path, 29518, *options, f"log_dir={tmp_path}/nodes",
+                            f"resume={newest(tmp_path / 'nodes')}"):
+        assert node.wait(120) == 0, node.stderr.read()
+    alone = start(tmp_path, *options, f"log_dir={tmp_path}/alone")
+    assert alone.wait(120) == 0, alone.stderr.read()
+    assert losses(tmp_path / "nodes") == losses(tmp_path / "alone") and max(losses(tmp_path / "alone"))[0] == 26
