@@ -40,6 +40,17 @@ TINY_STAGES = (
 )
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; runs with `./run.sh test -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr and not torch.cuda.is_available():
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: runs with `./run.sh test -m slow`, and where a GPU is"))
+
+
 def write_shard(path: Path, tokens: np.ndarray, magic: int = train_gpt.SHARD_MAGIC, version: int = 1,
                 count: int | None = None) -> Path:
     """A shard, or one with a wrong header."""

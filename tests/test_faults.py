@@ -55,7 +55,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds p
 
 @linux
 @pytest.mark.parametrize("number, says", [
-    (signal.SIGKILL, "rank 1 was killed (SIGKILL)"), (signal.SIGSTOP, "rank 1 gave no sign of life for 20 s")])
+    (signal.SIGKILL, "rank 1 was killed (SIGKILL)"), (signal.SIGSTOP, "rank 1 gave no sign of life for 6 s")])
 def test_a_rank_that_is_killed_or_stopped_ends_the_run_by_name_and_it_goes_on(shards, tmp_path, number, says):
     options = ["save_every=2", "keep=0", f"log_dir={tmp_path}"]
     run = start(shards, *options, processes=2)
@@ -73,9 +73,10 @@ def test_a_rank_that_is_killed_or_stopped_ends_the_run_by_name_and_it_goes_on(sh
 def test_a_rank_that_is_stuck_ends_the_run_by_name(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("test_resume.DRIVER", DRIVER.replace("code = ", STUCK + "code = "))
     error = end_of(start(shards, f"log_dir={tmp_path}", processes=2), 120)
-    assert re.search("rank 1 has been stuck for 2[0-9] s", error), error
+    assert re.search("rank 1 has been stuck for [0-9]+ s", error), error
 
 
+@pytest.mark.slow
 def test_sixteen_processes_train_as_one_does(shards, tmp_path):
     for processes in (1, 16):
         run = start(shards, "slices=16", "dtype=float64", "val_slice_tokens=32", f"log_dir={tmp_path}/{processes}",
