@@ -148,6 +148,13 @@ def read_checkpoint(path: Path, needs: dict[str, type]) -> dict:
             from None
 
 
+def plain(value):
+    """Tables as plain dictionaries and tuples, which a checkpoint can hold."""
+    if hasattr(value, "_asdict"):
+        return {name: plain(entry) for name, entry in value._asdict().items()}
+    return tuple(map(plain, value)) if isinstance(value, tuple) else value
+
+
 class Checkpoints:
     """The checkpoints of one run, beside its log and named after it; the newest `keep` stay, 0 keeps all. Only rank 0
     has a log and writes. resumed: the checkpoint that the run began with."""
@@ -182,6 +189,14 @@ def peak_host_mib() -> float:
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def expected_memory(cfg, held: list[torch.Tensor]) -> int:
+    """Peak MiB of training on a GPU with our kernels. held: weights (twice, for their gradients) and optimizer state;
+    the tokens of a slice take 4 bytes a logit and 33.5 a channel and layer, as in the corpus run of 2026-11-28."""
+    shape, tokens = cfg.shape, max(stage.tokens for stage in cfg.stages) // cfg.slices
+    slice_bytes = tokens * (4 * shape.vocab + 33.5 * shape.dim * len(shape.layers))
+    return round((sum(tensor.numel() * tensor.element_size() for tensor in held) + slice_bytes) / 2**20)
 
 
 @contextlib.contextmanager
@@ -459,6 +474,49 @@ class Clock:
         yield
         device_sync(self.device)
         self.untimed[name] = self.untimed.get(name, 0.0) + time.perf_counter() - begin
+
+
+REGIONS = {  # of a profile: the first whose pattern a kernel's (on a CPU an operator's) name has
+    "communication": "nccl|c10d|gloo|all_reduce|reduce_scatter|all_gather", "loss": "cross_entropy|log_softmax|_ce_",
+    "attention": "attention|attn|flash|fmha", "optimizer": "adam|normuon|orthogonal|symmetric|lerp|foreach",
+    "GEMM": "gemm|matmul|nvjet|cutlass|mlp|bmm|::mm|addmm|linear", "norms and other elementwise": ""}
+
+
+class Profile:
+    """Two steps (one with Adam, one without) under PyTorch's profiler: a Chrome trace beside the log, and a table of
+    time by region. Starting, stopping and writing are outside the clock; the profiler slows what it watches."""
+
+    def __init__(self, log: Path, first: int, device: torch.device):
+        self.log, self.steps, self.device, self.profiler = log, (first, first + 2), device, None
+
+    def step(self, step: int) -> str:
+        """Before each of `steps`: begins, or ends and returns text for the log."""
+        if self.profiler is None:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+            self.begin = time.perf_counter()
+            return f"profile: from step {step}"
+        seconds = time.perf_counter() - self.begin
+        self.profiler.stop()
+        path = self.log.with_suffix(".trace.json")
+        self.profiler.export_chrome_trace(str(path))
+        return "\n".join([f"profile: up to step {step}, trace {path.name}",
+                          *region_table(self.profiler.events(), seconds, self.device.type == "cuda")])
+
+
+def region_table(events, seconds: float, cuda: bool) -> list[str]:
+    """Lines of time by region. events: the profiler's; on a GPU kernels, on a CPU operators without their children."""
+    totals, spans = dict.fromkeys(REGIONS, 0.0), []
+    for event in events:
+        if (event.device_type == torch.autograd.DeviceType.CUDA) == cuda:
+            region = next(name for name, pattern in REGIONS.items() if re.search(pattern, event.name, re.I))
+            totals[region] += (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+            spans.append((event.time_range.start, event.time_range.end))
+    busy, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):  # kernels of several streams overlap
+        busy, reached = busy + max(0.0, end - max(start, reached)), max(reached, end)
+    rows = [*totals.items(), ("idle", max(0.0, seconds - busy / 1e6))]
+    return [f"profile: {name:<28} {1e3 * value:9.1f} ms {100 * value / seconds:5.1f} %" for name, value in rows]
 
 
 def start_reading(world, loss: torch.Tensor):

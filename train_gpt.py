@@ -44,9 +44,11 @@ from runtime import (
     Clock,
     Console,
     Log,
+    Profile,
     UserError,
     Watch,
     device_sync,
+    expected_memory,
     fail,
     file_hash,
     finish_log,
@@ -56,6 +58,7 @@ from runtime import (
     option_fields,
     parse_arguments,
     peak_host_mib,
+    plain,
     print_help,
     python_command,
     read_checkpoint,
@@ -197,7 +200,7 @@ GATE_CHANNELS = 12  # record #28
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting. Those with a doc can be given as key=value; the others are tables that a preset chooses."""
-    preset: str = knob("official", "official, corpus (129M tokens that you bring) or smoke (a CPU in minutes)")
+    preset: str = knob("official", "official, 24gb (on small GPUs), corpus (that you bring) or smoke (on a CPU)")
     name: str = knob("", "name of the run in the log's path; default: the preset")
     seed: int = knob(0, "seed of the initial weights; trial k uses seed + k")
     trials: int = knob(1, "compile once, then train this many times")
@@ -215,6 +218,7 @@ class Config:
     save_every: int = knob(0, "steps between checkpoints, even; the last step has one too; 0: none")
     keep: int = knob(2, "newest checkpoints of the run that stay; 0: all")
     resume: str = knob("", "checkpoint to go on from, with the options of its run; also on another number of GPUs")
+    profile: int = knob(0, "step from which two are profiled: a Chrome trace beside the log, a table in it; 0: none")
     slices: int = knob(8, "slices (micro-batches) a step; 16 halves their memory and moves where documents are cut")
     dtype: str = knob("auto", "auto (bfloat16 on a GPU, float32 else), bfloat16, float32 or float64")
     fp8: str = knob("auto", "FP8 head: auto (compute capability 8.9 and up), on or off")
@@ -244,6 +248,7 @@ PRESETS = {
     "official": {},
     "corpus": dict(steps=444, extension=8, val_every=148, train_files="data/corpus/corpus_train_*.bin",
                    val_files="data/corpus/corpus_val_*.bin", fetch=""),
+    "24gb": dict(slices=32, val_slice_tokens=65_536),  # the official track on GPUs of 24 GB: expected_memory
     "smoke": dict(shape=SMOKE_SHAPE, stages=SMOKE_STAGES, steps=72, extension=8, val_every=20, log_every=4,
                   val_tokens=8192, val_slice_tokens=512, final_window=224, momentum_warmup=30, momentum_cooldown=10,
                   train_files="data/local_text/local_train_*.bin", val_files="data/local_text/local_val_*.bin",
@@ -272,7 +277,7 @@ def check_config(cfg: Config) -> None:
     for key in ("trials", "steps", "val_tokens", "val_slice_tokens", "log_every", "slices", "final_window"):
         need(getattr(cfg, key) >= 1, f"{key}={getattr(cfg, key)} must be at least 1")
     for key in ("extension", "stop_after", "val_every", "seed", "momentum_warmup", "momentum_cooldown", "save_every",
-                "keep"):
+                "keep", "profile"):
         need(getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must not be negative")
     for key in ("lr_normuon", "lr_adam", "lr_floor"):
         need(math.isfinite(getattr(cfg, key)) and getattr(cfg, key) >= 0, f"{key}={getattr(cfg, key)} must be a finite "
@@ -289,6 +294,8 @@ def check_config(cfg: Config) -> None:
          f"take save_every={cfg.save_every + 1}")
     need(not cfg.save_every or cfg.last_step % 2 == 0 or cfg.last_step == cfg.total_steps, f"stop_after="
          f"{cfg.stop_after} is odd, and no run could go on from its checkpoint: take {cfg.last_step + 1}")
+    need(not cfg.profile or cfg.profile + 2 <= cfg.last_step,
+         f"profile={cfg.profile} takes two steps from there, and the run has {cfg.last_step}: lower it")
     need(not cfg.resume or cfg.trials == 1, f"resume= goes on with one run, not trials={cfg.trials}: leave one out")
     for stage in cfg.stages:
         need(stage.tokens % cfg.slices == 0, f"a batch of {stage.tokens} tokens does not divide into slices="
@@ -1166,7 +1173,7 @@ class Trainer:
     def describe(self, plan: Plan) -> list[str]:
         """Batch arithmetic and what this machine switches, for the console and the log."""
         cfg, share, ends = self.cfg, self.cfg.slices // self.world.size, stage_ends(self.cfg)
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype, held = str(self.dtype).removeprefix("torch."), [*self.model.parameters(), *self.state().values()]
         rows = [f"stage {i}: steps {start}-{min(end, cfg.last_step) - 1}, {stage.tokens:,} tokens a step = "
                 f"{self.world.size} process(es) x {share} slice(s) x {stage.tokens // cfg.slices:,} tokens, documents "
                 f"cut at {stage.max_doc}, windows {stage.short}/{stage.long}"
@@ -1176,7 +1183,8 @@ class Trainer:
                 f"data: {plan.tokens:,} training tokens from {plan.shards} shard(s), {cfg.val_tokens:,} for validation",
                 f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters, {dtype}, head "
                 f"{'fp8' if self.fp8 else dtype}, torch.compile {'on' if self.compiled else 'off'}",
-                "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items())]
+                "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items()),
+                *[f"memory: {expected_memory(cfg, held):,} MiB expected"] * (self.world.device.type == "cuda")]
 
     def reset(self, seed: int) -> None:
         self.model.init_weights(seed)
@@ -1323,13 +1331,6 @@ SAVED = {"step": int, "train_time": float, "total_time": float, "tokens": int, "
 FIXED = ("seed", "steps", "slices", "dtype", "shape", "stages")  # what a run cannot change on its way
 
 
-def plain(value):
-    """Tables as plain dictionaries and tuples, which a checkpoint can hold."""
-    if hasattr(value, "_asdict"):
-        return {name: plain(entry) for name, entry in value._asdict().items()}
-    return tuple(map(plain, value)) if isinstance(value, tuple) else value
-
-
 def describe_config(cfg: Config, dtype: torch.dtype) -> dict:
     """Every setting as a plain value, for a checkpoint."""
     return {name: plain(getattr(cfg, name)) for name in (*option_fields(Config), "shape", "stages")} \
@@ -1357,8 +1358,7 @@ def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list
     for key in FIXED:
         if saved["config"].get(key) != now[key]:
             if key in ("shape", "stages"):
-                raise UserError(f"resume={cfg.resume} was trained with another {key} than this run's: take its preset, "
-                                f"preset={saved['config'].get('preset')}, and its version of the trainer")
+                raise UserError(f"resume={cfg.resume} has other {key}: take preset={saved['config'].get('preset')}")
             raise UserError(f"resume={cfg.resume} was trained with {key}={saved['config'].get(key)}, this run has "
                             f"{key}={now[key]}: give {key}={saved['config'].get(key)}")
     if saved["step"] > cfg.last_step or saved["step"] % 2 and saved["step"] < cfg.last_step:
@@ -1403,11 +1403,16 @@ class Trial:
         clock.start()  # inside the clock: all from here on, the reading of every shard included, but validation and
         loader = Loader(cfg, self.world, files, self.plan, self.first)  # checkpoints
         if self.saved and loader.position != self.saved["position"]:
-            raise UserError(f"resume={cfg.resume} had read to {self.saved['position']} in the shards, this run to "
-                            f"{loader.position}: take the shards and the options of its run")
+            raise UserError(f"resume={cfg.resume} had read other tokens: take the shards and options of its run")
         self.console.start(self.first)
         watch.working()
+        profile = Profile(self.log.path, cfg.profile, self.world.device) if cfg.profile and self.log.path else None
         for step in range(self.first, steps + 1):
+            if profile and step in profile.steps:
+                clock.stop()
+                with clock.region("profile"):
+                    self.log.write(profile.step(step))
+                clock.start()
             last = step == steps
             validate = last or (cfg.val_every and step % cfg.val_every == 0)
             save = cfg.save_every and step > self.first and (last or step % cfg.save_every == 0)
@@ -1488,7 +1493,7 @@ class Trial:
 # ==================== main ====================
 
 def start_world(cfg: Config) -> World:
-    """This process's place among the others (torchrun's environment, or alone). Raises UserError."""
+    """This process's place among the others. Raises UserError."""
     given = {key: os.environ.get(key, default) for key, default in
              (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
     if not all(text.isdecimal() for text in given.values()) or int(given["WORLD_SIZE"]) < 1:

@@ -1,0 +1,73 @@
+"""A profile is a trace and a table of time by region; the memory that a run will take is said before it."""
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_config
+from test_log import train
+
+import train_gpt
+import triton_kernels
+from runtime import REGIONS, UserError, expected_memory, region_table
+
+
+def test_two_steps_are_profiled_into_a_trace_and_a_table(shards, tmp_path):
+    run, plain = train(shards, tmp_path / "a", profile=6), train(shards, tmp_path / "b")
+    trace = json.loads(next((tmp_path / "a").rglob("*.trace.json")).read_text())
+    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
+    rows = [line for line in run.lines if line.startswith("profile: ")]
+    assert rows[0] == "profile: from step 6" and rows[1].startswith("profile: up to step 8, trace ")
+    assert [re.match(r"profile: (.+?)  +\d+\.\d ms +\d+\.\d %$", row)[1] for row in rows[2:]] == [*REGIONS, "idle"]
+    assert run.losses == plain.losses and any(line.startswith("untimed:profile ") for line in run.lines)
+
+
+def event(name: str, start: int, end: int, cuda: bool = True) -> SimpleNamespace:
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end),
+                           self_device_time_total=end - start, self_cpu_time_total=end - start)
+
+
+def test_kernels_are_counted_by_region_and_what_no_kernel_covers_is_idle():
+    events = [event("nvjet_hsh_128x256", 0, 3000), event("ncclDevKernel_AllGather", 1000, 2000),  # beside one another
+              event("_attention_forward", 4000, 5000), event("triton_red_fused_mul_mean", 5000, 6000),
+              event("_cross_entropy_kernel", 8000, 9000), event("aten::mm", 0, 10_000, cuda=False)]
+    table = dict(re.match(r"profile: (.+?)  +(\S+) ms", row).groups() for row in region_table(events, 0.010, cuda=True))
+    assert table == {"communication": "1.0", "loss": "1.0", "attention": "1.0", "optimizer": "0.0", "GEMM": "3.0",
+                     "norms and other elementwise": "1.0", "idle": "4.0"}
+
+
+def test_a_profile_past_the_end_is_refused(shards):
+    with pytest.raises(UserError, match="profile=13 takes two steps from there, and the run has 14: lower it"):
+        tiny_config(shards, profile=13)
+
+
+def held(mib: int) -> list[torch.Tensor]:
+    return [torch.empty(mib, 2**20, dtype=torch.int8, device="meta")]
+
+
+def test_the_expected_memory_is_what_the_corpus_run_took():
+    """29,387 MiB (records/corpus/2026-11-28_Prefix), of which weights, gradients and optimizer state are 6,744."""
+    assert expected_memory(train_gpt.parse_options(["preset=corpus"]), held(6744)) == pytest.approx(29_387, rel=0.01)
+
+
+def test_the_preset_for_small_gpus_fits_well_into_24_gb_and_changes_nothing_but_the_slices():
+    small, official = (train_gpt.parse_options([f"preset={name}"]) for name in ("24gb", "official"))
+    expected, full, card = (*(expected_memory(cfg, held(6744)) for cfg in (small, official)), 24e9 / 2**20)
+    assert 1.5 * expected < card < full
+    changed = {name for name in vars(small) if getattr(small, name) != getattr(official, name)}
+    assert changed == {"preset", "name", "slices", "val_slice_tokens"}
+
+
+@pytest.mark.skipif(triton_kernels.triton is None, reason="triton cannot be imported")
+@pytest.mark.parametrize("capability, dtype, attention, fp8", [
+    ((7, 5), "float32", "reference", False),
+    ((8, 0), "bfloat16", "library", False), ((8, 6), "bfloat16", "library", False),
+    ((8, 9), "bfloat16", "library", True), ((9, 0), "bfloat16", "kernel", True),
+    ((12, 0), "bfloat16", "library", True)])
+def test_other_gpus_take_the_paths_they_can(monkeypatch, capability, dtype, attention, fp8):
+    """By the table of capabilities; that the paths compute the same is shown in test_kernels.py and test_model.py."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found, _, kinds, head = train_gpt.choose(train_gpt.parse_options(["preset=24gb"]), torch.device("cuda"))
+    assert (str(found), kinds["attention"], head) == (f"torch.{dtype}", attention, fp8)
