@@ -80,6 +80,7 @@ script=train_gpt.py check= help=
 case "${1:-}" in
     *.py) script=$1; shift; [ -f "$script" ] || die "no script $script here: give a path from this folder, for example" \
         records/ladder/04_Muon/train_gpt.py ;;
+    */*) [ ! -f "$1/train_gpt.py" ] || die "$1 is a folder: give its script, ${1%/}/train_gpt.py" ;;
 esac
 case "${1:-}" in
     check) check=1; shift ;;

@@ -240,7 +240,8 @@ class Watch:
     whose count stands still is gone; where the store itself does not answer, this process is cut off. The count goes
     on where only the main thread is stuck. For that each process tells how many pieces of work it has begun: if all
     stand still for much longer than any piece took, the one that has begun the fewest keeps the others waiting."""
-    PATIENCE, SLOW = 20, 20  # seconds without a count; as many times the longest piece of work, at least PATIENCE
+    PATIENCE = 20  # seconds without a count
+    STUCK, SLOW = 40, 20  # seconds, and times the longest piece of work so far, without a new piece: the longer of both
 
     def __init__(self, store, rank: int, size: int):
         self.store, self.rank, self.size = store.clone(), rank, size  # clone: a connection of its own
@@ -313,7 +314,7 @@ class Watch:
                 if now - self.changed[rank, "tick"] > self.PATIENCE:
                     return f"rank {rank} gave no sign of life for {self.PATIENCE} s: it was killed, stopped or cut off"
             still = min((now - self.changed[rank, "begun"] for rank in alive), default=0)
-            limit = max(self.PATIENCE, self.SLOW * self.longest)
+            limit = max(self.STUCK, self.SLOW * self.longest)
             if still > limit and all(self.counts[rank, "state"] == "work" for rank in alive):
                 begun = {rank: int(self.counts[rank, "begun"]) for rank in alive}
                 slow = [str(rank) for rank in alive if begun[rank] == min(begun.values())]

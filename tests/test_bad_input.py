@@ -518,6 +518,12 @@ def test_run_sh_refuses_processes_that_cannot_share_the_slices(environment, frag
     assert "Traceback" not in done.stderr
 
 
+def test_run_sh_names_the_script_of_a_folder():
+    done = subprocess.run(["./run.sh", "records/ladder/04_Muon"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 2 and "give its script, records/ladder/04_Muon/train_gpt.py" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "\udcff", "a\nb", "x" * 101])
 def test_a_name_that_cannot_name_a_folder_is_refused(refused, name):
     refused([f"name={name}"], repr(name), "letters and digits")
