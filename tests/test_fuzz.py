@@ -1,4 +1,4 @@
-"""2,400 damaged inputs: each is refused in one sentence or harmless; none ends in a traceback, hangs or loses a file."""
+"""2,400 damaged inputs: each is refused in one sentence or harmless; no traceback, no hang, no lost file."""
 import dataclasses
 import random
 import string
