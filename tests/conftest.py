@@ -80,6 +80,13 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def whole(shards, tmp_path_factory):
+    """A run of the tiny configuration that nothing cuts off, with every checkpoint: test_log.Run."""
+    from test_log import train
+    return train(shards, tmp_path_factory.mktemp("whole"), save_every=2, keep=0)
+
+
 def tiny_config(shards: Path, **changes) -> train_gpt.Config:
     settings = dict(preset="smoke", name="tiny", shape=TINY_SHAPE, stages=TINY_STAGES, steps=12, extension=2,
                     val_every=5, val_tokens=512, val_slice_tokens=32, final_window=24, log_every=1,

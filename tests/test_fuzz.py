@@ -6,7 +6,6 @@ import string
 import pytest
 import torch
 from conftest import random_stream, tiny_config, write_shard
-from test_log import train
 
 import train_gpt
 from records.logs import LogError, read_log
@@ -34,11 +33,6 @@ def refused_or(sentence_of: type, call) -> bool:
     except sentence_of as error:
         assert str(error) and "\n" not in str(error), str(error)
         return True
-
-
-@pytest.fixture(scope="module")
-def run(shards, tmp_path_factory):
-    return train(shards, tmp_path_factory.mktemp("fuzz"), save_every=14)
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
@@ -78,9 +72,9 @@ def test_shards(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_logs(seed, run, tmp_path):
+def test_logs(seed, whole, tmp_path):
     draw, refusals = random.Random(seed), 0
-    ours = run.logs[0].read_bytes()
+    ours = whole.logs[0].read_bytes()
     ours = ours[:400] + ours[ours.index(b"\n" + b"=" * 100 + b"\nenvironment"):]  # its sources are most of it
     theirs, llmc = ("".join(line.format(k, 5 - k / 9, 2 * k) for k in range(10)).encode() for line in (
         "step:{}/9 val_loss:{:.4f} train_time:{}ms step_avg:1.5ms\n", "s:{0} tel:{1:.4f}\ns:{0} trl:{1:.4f}\n"))
@@ -93,10 +87,10 @@ def test_logs(seed, run, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_checkpoints(seed, run, shards, tmp_path):
+def test_checkpoints(seed, whole, shards, tmp_path):
     """Damaged ones, also in a place with no checksum, and whole ones with entries of other types."""
     draw, refusals, path = random.Random(seed), 0, tmp_path / "checkpoint.pt"
-    saved = read_checkpoint(next(run.logs[0].parent.glob("*.pt")), train_gpt.SAVED)
+    saved = read_checkpoint(next(whole.logs[0].parent.glob("*_step000014.pt")), train_gpt.SAVED)
     saved["state"] = {name: tensor[:4].clone() if tensor.dim() else tensor for name, tensor in saved["state"].items()}
     torch.save(saved, path)
     data = path.read_bytes()

@@ -61,12 +61,6 @@ def newest(folder: Path) -> Path | None:
     return max(folder.rglob("*.pt"), key=lambda path: (path.stem[-6:], path.stat().st_mtime), default=None)
 
 
-@pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory):
-    """The run that nothing cuts off, with every checkpoint."""
-    return train(shards, tmp_path_factory.mktemp("whole"), save_every=2, keep=0)
-
-
 def checkpoints(run) -> dict[int, Path]:
     return {int(path.stem[-6:]): path for path in run.logs[0].parent.glob("*.pt")}
 
