@@ -117,6 +117,7 @@ def test_two_processes_train_as_one(rung, text, tmp_path):
         assert a[:3] == b[:3] and a.loss == pytest.approx(b.loss, abs=2e-4 if rung == "02_AdamW_rotary" else 0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_train_rung_64_as_one(text, tmp_path):
     args = ("preset=smoke", "steps=8", "extension=2", "val_every=4", "log_every=1", "val_tokens=512", *text)
     one, two = (trained("64_ValueOutInit", tmp_path / str(n), *args, processes=n) for n in (1, 2))

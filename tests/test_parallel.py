@@ -11,7 +11,7 @@ from conftest import ROOT, TINY_STAGES
 SIZES = (1, 2, 4, 8)
 
 
-@pytest.fixture(scope="module", params=["float32", "float64"])
+@pytest.fixture(scope="module", params=[pytest.param("float32", marks=pytest.mark.slow), "float64"])
 def runs(request, shards, tmp_path_factory) -> tuple[str, dict[int, list[dict]]]:
     """For each number of processes, what each of them saw and ended with."""
     out = tmp_path_factory.mktemp(request.param)

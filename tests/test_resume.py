@@ -72,7 +72,7 @@ def test_checkpoints_stand_beside_the_log_at_every_save_every_and_at_the_end(who
         f"checkpoint:{path.name}" for _, path in sorted(checkpoints(whole).items())]
 
 
-@pytest.mark.parametrize("step", [2, 4, 8, 10, 12])
+@pytest.mark.parametrize("step", [2, 8, 12])
 def test_a_resumed_run_has_the_same_losses_and_ends_in_the_same_state_bit_for_bit(whole, shards, tmp_path, step):
     resumed = train(shards, tmp_path, save_every=2, resume=str(checkpoints(whole)[step]))
     for theirs, ours in zip(whole.losses, resumed.losses, strict=True):
@@ -92,7 +92,7 @@ def test_the_newest_checkpoints_stay(shards, tmp_path):
 
 def test_a_run_killed_at_ten_points_ends_with_the_losses_of_one_that_was_not(shards, tmp_path):
     """By SIGKILL and SIGTERM, three times while a checkpoint is being written."""
-    draw, out, options = random.Random(0), tmp_path / "logs", ["save_every=2", "keep=0", "steps=24", "val_every=6"]
+    draw, out, options = random.Random(0), tmp_path / "logs", ["save_every=2", "keep=0", "steps=40", "val_every=6"]
     shards = tmp_path / "shards"
     shards.mkdir()
     write_shard(shards / "train_000000.bin", random_stream(0, 20_000, longest=40))
@@ -108,13 +108,14 @@ def test_a_run_killed_at_ten_points_ends_with_the_losses_of_one_that_was_not(sha
             if kill % 3 == 0 and any(path.suffix == ".partial" for path in new) or len(new) > kill % 2:
                 break
         time.sleep(draw.uniform(0, 0.02) * (kill % 3 > 0))
+        assert run.poll() is None, f"kill {kill} came too late: {run.stderr.read()}"
         run.send_signal(signal.SIGTERM if kill == 4 else signal.SIGKILL)
         run.wait(60)
     last = start(shards, *options, f"log_dir={out}", f"resume={newest(out)}")
     assert last.wait(120) == 0, last.stderr.read()
     expected, seen = losses(tmp_path / "uncut"), losses(out)
     assert len(list(out.rglob("*.txt"))) == 11 and seen == expected
-    assert max(step for step, _ in seen) == 26
+    assert max(step for step, _ in seen) == 42
 
 
 @pytest.mark.parametrize("number, code, says", [(signal.SIGTERM, 143, "ended by SIGTERM"),
@@ -130,7 +131,7 @@ def test_a_run_that_is_told_to_end_says_where_to_go_on(shards, tmp_path, number,
     assert Path(ROOT / re.search(r"resume=(\S+)", error)[1]).is_file() and not list(tmp_path.rglob("*.partial"))
 
 
-@pytest.mark.parametrize("before, after", [(4, 1), (1, 2)])
+@pytest.mark.parametrize("before, after", [(4, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
 def test_a_checkpoint_resumes_on_another_number_of_processes(shards, tmp_path, whole, before, after):
     first = start(shards, "save_every=2", "stop_after=6", f"log_dir={tmp_path}/first", "dtype=float64",
                   processes=before)
