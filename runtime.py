@@ -107,16 +107,34 @@ def print_help(text: str, table: type) -> None:
 FORMAT = 1
 
 
+@contextlib.contextmanager
+def undisturbed():
+    """SIGINT and SIGTERM wait until what is inside is done: a writer in C++ would make another error of theirs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def write_checkpoint(path: Path, contents: dict) -> None:
     """Writes plain values and CPU tensors beside `path` and renames, so that there is a whole file of that name or
     none. Raises OSError or, from PyTorch's writer, RuntimeError; the part written is then removed."""
     part = path.with_name(path.name + ".partial")
     try:
-        with open(part, "wb") as file:
+        with undisturbed(), open(part, "wb") as file:
             torch.save({"format": FORMAT, **contents}, file)  # a zip file: a CRC-32 for each tensor and for the rest
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+            os.replace(part, path)
     except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -228,6 +228,29 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(s
     assert any("none at step 8" in line and "No space left on device" in line for line in run.lines)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_the_checkpoint_that_is_being_written(tmp_path, monkeypatch, number):
+    class Told(Exception):
+        pass
+
+    def tell(number, frame):
+        raise Told
+
+    def save(contents, file, real=torch.save):
+        signal.raise_signal(number)
+        real(contents, file)
+    monkeypatch.setattr(torch, "save", save)
+    before = signal.signal(number, tell)
+    try:
+        with pytest.raises(Told):
+            write_checkpoint(tmp_path / "a.pt", {"w": torch.zeros(3)})
+        assert signal.getsignal(number) is tell
+    finally:
+        signal.signal(number, before)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
+    assert torch.equal(read_checkpoint(tmp_path / "a.pt", {"w": torch.Tensor})["w"], torch.zeros(3))
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_write_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "open", lambda path, mode: open("/dev/full", mode), raising=False)
