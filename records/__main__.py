@@ -27,6 +27,8 @@ def fail(sentence: str) -> int:
 
 def main(argv: list[str]) -> int:
     """Runs a command and returns its exit code: 2 after one sentence where input or arguments are bad."""
+    if sys.stdout is None:
+        return fail("the output is closed: give one, or >/dev/null")
     if not argv or argv[0] in ("help", "-h", "--help"):
         print(USAGE)
         return 0

@@ -4,11 +4,14 @@ import datetime
 import re
 from pathlib import Path
 
-from records.ladder import rung_folders
-from records.logs import Log, LogError, encoded, find_logs, lines_from, parts, read_log
+from records.ladder import is_whole, rung_folders
+from records.logs import UUID, Log, LogError, encoded, find_logs, lines_from, parts, read_log
 
 RECORDS = Path(__file__).resolve().parent
 RUNS = "runs"  # every run's log, not committed
+NO_TRACKS = (RUNS, "ladder", "__pycache__")
+KINDS = (".md", ".txt", ".py", ".png")  # of files in a record folder
+STARTS = re.compile(r"\d{4}-\d\d-\d\d")
 DATED = re.compile(r"(\d{4}-\d\d-\d\d)_\w[\w.+-]*")
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:root|home|opt|tmp)\b\S*")
 
@@ -21,6 +24,7 @@ def check(argv: list[str]) -> int:
     rungs = rung_folders(RECORDS)
     problems = [problem for folder in folders for problem in folder_problems(folder)]
     problems += [problem for rung in rungs for problem in rung_problems(rung)]
+    problems += misplaced(RECORDS)
     folders += rungs
     logs = [path for folder in folders for path in find_logs(folder)]
     problems += repeated(logs)
@@ -29,13 +33,41 @@ def check(argv: list[str]) -> int:
 
 
 def record_folders(root: Path) -> dict[str, list[Path]]:
-    """Track to its folders: a track is a folder under `root` with a subfolder whose name begins with a date."""
+    """Track to its folders: a track is a folder under `root` with a subfolder that has a log or a date in its name."""
     tracks = {}
     for track in sorted(root.iterdir()):
         folders = sorted(path for path in track.glob("*/") if not path.name.startswith((".", "__")))
-        if track.name != RUNS and any(re.match(r"\d{4}-\d\d-\d\d", folder.name) for folder in folders):
+        if track.name not in NO_TRACKS and not STARTS.match(track.name) and any(
+                STARTS.match(folder.name) or find_logs(folder) for folder in folders):
             tracks[track.name] = folders
     return tracks
+
+
+def misplaced(root: Path) -> list[str]:
+    """Sentences about records and logs outside of the folders of tracks, where no table finds them."""
+    tracks = [root, *(root / track for track in record_folders(root)), *root.glob("ladder/")]
+    return [f"{path.relative_to(root)} lies where no table finds it: move it into a folder TRACK/YYYY-MM-DD_Name"
+            for track in tracks for path in sorted(track.iterdir())
+            if path.is_file() and UUID.match(path.name) or track == root and path.is_dir() and STARTS.match(path.name)]
+
+
+def strays(folder: Path) -> list[str]:
+    """Sentences about what lies in a record folder and is neither its README, a log, a script nor a picture."""
+    return [f"{path.name} is neither README.md, a log (.txt), a script (.py) nor a picture (.png)"
+            for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__"))
+            and (path.is_dir() or path.suffix not in KINDS)]
+
+
+def set_problems(logs: list[Log]) -> list[str]:
+    """Why runs that share a row of a table are no set, as stats has it."""
+    from records.stats import check_set, groups  # here, for the rest of this module needs no scipy
+    problems = []
+    for group in groups(logs):
+        try:
+            check_set(group)
+        except LogError as error:
+            problems.append(str(error))
+    return problems
 
 
 def folder_problems(folder: Path) -> list[str]:
@@ -49,7 +81,9 @@ def folder_problems(folder: Path) -> list[str]:
     logs = find_logs(folder)
     if not logs:
         problems.append(f"{name} has no log")
-    return problems + [f"{name}/{path.name} {problem}" for path in logs for problem in log_problems(path, text)]
+    problems += [f"{name}/{path.name} {problem}" for path in logs for problem in log_problems(path, text)]
+    return problems + [f"{name}/{stray}" for stray in strays(folder)] + set_problems(
+        [log for log in readable(logs) if log.finished and not log.resumed])
 
 
 def rung_problems(folder: Path) -> list[str]:
@@ -57,20 +91,29 @@ def rung_problems(folder: Path) -> list[str]:
     name = f"{folder.parent.name}/{folder.name}"
     problems = [f"{name} has no {file}, or an empty one" for file in ("README.md", "train_gpt.py")
                 if not text_of(folder / file).strip()]
-    return problems + [f"{name}/{path.name} {problem}" for path in find_logs(folder)
-                       for problem in log_problems(path, "")]
+    problems += [f"{name}/{path.name} {problem}" for path in find_logs(folder) for problem in log_problems(path, "")]
+    return problems + [f"{name}/{stray}" for stray in strays(folder)] + set_problems(
+        [log for log in readable(find_logs(folder)) if is_whole(log)])
+
+
+def readable(paths: list[Path]) -> list[Log]:
+    """Of the logs those that can be read; of the others log_problems tells."""
+    logs = []
+    for path in paths:
+        with contextlib.suppress(LogError):
+            logs.append(read_log(path))
+    return logs
 
 
 def repeated(paths: list[Path]) -> list[str]:
     """Sentences about logs of a run that another log is of, by its id or its step lines."""
     seen, problems = {}, []
-    for path in paths:
-        with contextlib.suppress(LogError):  # of which log_problems tells
-            log, name = read_log(path), "/".join(path.parts[-3:])
-            for key in (log.identity, repr(log.steps)):
-                if seen.setdefault(key, name) != name:
-                    problems.append(f"{name} is the run of {seen[key]} again")
-                    break
+    for log in readable(paths):
+        name = "/".join(log.path.parts[-3:])
+        for key in (log.identity, repr(log.steps)):
+            if seen.setdefault(key, name) != name:
+                problems.append(f"{name} is the run of {seen[key]} again")
+                break
     return problems
 
 
@@ -94,7 +137,8 @@ def log_problems(path: Path, readme: str) -> list[str]:
         return [f"cannot be read: {error}"]
     problems = [f"lacks the source {name}" for name in needed_sources(log) if not log.sources.get(name, "").strip()]
     if not log.finished and not (log.run_id[:8] in readme and "cut off" in readme):
-        problems.append(f"has no result, and the README does not say that {log.run_id[:8]} was cut off")
+        end = "is cut off in its last line" if log.cut else "has no result"
+        problems.append(f"{end}, and the README does not say that {log.run_id[:8]} was cut off")
     if log.resumed:
         problems.append("was resumed: its training began in another log")
     script = path.with_name("train_gpt.py")

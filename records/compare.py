@@ -11,6 +11,7 @@ from pathlib import Path
 
 from records.logs import Log, LogError, encoded, read_log
 
+PLAIN = re.compile(r"\w[\w.+-]{,99}\.py")
 ROOT = Path(__file__).resolve().parent.parent
 OPTION = re.compile(r"^    (\w+): \w+ = knob\(", re.M)  # a setting of the command line, in our trainer's source
 
@@ -91,7 +92,7 @@ def pieces(text: str) -> dict[str, str]:
     "module" if it is not Python."""
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # the latter for bytes that are no text
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # of bytes that are no text, of deep nesting
         return {"module": text}
     lines, found, rest = text.splitlines(), {}, {}
     owner = dict.fromkeys(range(len(lines)), "module")
@@ -117,8 +118,8 @@ def extract(argv: list[str]) -> int:
     if not log.sources:
         raise LogError(f"{log.path} embeds no source: nothing to extract")
     for name in log.sources:
-        if Path(name).name != name or name == "README.md":
-            raise LogError(f"{log.path} embeds a source called {name}, which is no plain file name: not extracted")
+        if not PLAIN.fullmatch(name):
+            raise LogError(f"{log.path} embeds a source called {name!r:.80}, not NAME.py: not extracted")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LogError(f"{folder} is there and not empty: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -159,8 +160,8 @@ def fetch(log: Log) -> str:
 
 
 def command(log: Log) -> str:
-    """The command line that repeats a run of ours: every setting as it was, this trial's seed, one trial."""
-    options = OPTION.findall(log.sources.get("train_gpt.py", ""))
+    """The command line that repeats a run of ours: every setting but log_dir, this trial's seed, one trial."""
+    options = {*OPTION.findall(log.sources.get("train_gpt.py", ""))} - {"log_dir"}
     settings = {key: value for key, value in log.config.items() if key in options and "\n" not in value}
     if log.seed is not None and "seed" in settings:
         settings |= {"seed": str(log.seed), **({"trials": "1"} if "trials" in settings else {})}

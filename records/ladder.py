@@ -30,12 +30,12 @@ def is_whole(log: Log) -> bool:
 def tokens_done(log: Log, step: int) -> float:
     """Training tokens of the first `step` steps: by the lines about stages; where all steps are alike by the result, or
     the configuration if there is none; nan if untold."""
-    stages = [re.match(r"steps (\d+)-(\d+), ([\d,]+) tokens a step", text)
+    stages = [re.match(r"steps (\d{1,18})-(\d{1,18}), (\d[\d,]{,23}) tokens a step", text)
               for key, text in log.environment.items() if key.startswith("stage ")]
     if not stages or stages == [None]:
         batch = log.config.get("batch_tokens", "")
         return (step * log.tokens / log.result["steps"] if log.tokens and log.result["steps"]
-                else step * int(batch) if batch.isdecimal() else math.nan)
+                else step * int(batch) if re.fullmatch(r"\d{1,18}", batch) else math.nan)
     if None in stages:
         return math.nan
     spans = [(int(stage[1]), int(stage[2]) + 1, int(stage[3].replace(",", ""))) for stage in stages]
@@ -44,8 +44,9 @@ def tokens_done(log: Log, step: int) -> float:
 
 
 def val_points(log: Log) -> np.ndarray:
-    """(validations, 3): seconds, tokens, loss."""
-    return np.array([(step.time_ms / 1e3, tokens_done(log, step.step), step.loss) for step in log.vals])
+    """(validations, 3): seconds, tokens, loss; nan where one is untold."""
+    return np.array([(math.nan if step.time_ms is None else step.time_ms / 1e3, tokens_done(log, step.step), step.loss)
+                     for step in log.vals])
 
 
 def equal_tokens(logs: list[Log]) -> float:

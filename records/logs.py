@@ -3,6 +3,7 @@ import json
 import math
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,8 @@ LEAD = re.compile(rb"\xef\xbb\xbf|\s+={100}\r?\n")  # what an editor may put bef
 TITLE = re.compile(rb"^={100}\r?\n(?:source: ([^\r\n]+)|environment)\r?\n={100}\r?\n", re.M)  # of a section of ours
 APPENDED = re.compile(rb"\r?\n\r?\n-{40}\r?\n# (\S+\.py)\r?\n-{40}\r?\n\r?\n")  # a second source of modded-nanogpt
 IMPORT = re.compile(rb"^(?:import|from) \w", re.M)
-STEP = re.compile(r"step:(\d+)/(\d+)((?: \w+:\S*)+)")
-LLMC_STEP = re.compile(r"s:(\d+) (tel|trl):(\S+)(?: .*)?")
+STEP = re.compile(r"step:(\d{1,18})/(\d{1,18})((?: \w+:\S*)+)")
+LLMC_STEP = re.compile(r"s:(\d{1,18}) (tel|trl):(\S+)(?: .*)?")
 MANGLED = re.compile(r"val_loss:| tel:| trl:")  # a line with one of these was a step line
 ENTRY = re.compile(  # of our environment
     r"(hardware|driver|git|token tables|stage \d+|data|model|operations|resumed|seed): ?(.*)")
@@ -24,13 +25,15 @@ VERSIONS = (  # of modded-nanogpt's environment
     re.compile(r"Running Triton version (?P<triton>\S+)"),
     re.compile(r".*Driver Version: (?P<driver>\S+)"),
 )
-GPU_ROW = re.compile(r"\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|")  # of nvidia-smi
-PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d+) MiB(?: reserved: (\d+) MiB)?")
+GPU_ROW = re.compile(r"\|\s+\d+\s+(\S+(?: \S+)*)\s+(?:On|Off|N/A)\s+\|")  # of nvidia-smi
+PEAK = re.compile(r"peak memory (?:allocated|consumption): (\d{1,18}) MiB(?: reserved: (\d{1,18}) MiB)?")
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 GPU_NAME = re.compile(r"\b([A-Z]{1,3}\d{2,4}[A-Z]*|RTX (?:PRO )?[A-Z]?\d{4})\b")
 RESULT = {"val_loss": (int, float), "train_time_ms": (int, float), "steps": int}  # what every result of ours has
 OPTIONAL = {"scheduled_steps": int, "tokens": int, "seed": int, "processes": int, "resumed_at": int, "hardware": str}
+MOST = 10**20  # of any number in a result
 MEND = "take the line from the original log, or delete it if the run was cut off there"
+TWO_RUNS = "the file holds two runs: split it"
 UNTIMED_STEPS = 10  # modded-nanogpt's clock of 2024 and early 2025 starts again at this step
 
 
@@ -58,6 +61,7 @@ class Log:
     steps: tuple[Step, ...]
     result: dict                  # our last line; else val_loss, train_time_ms, steps, ...; {} if unfinished
     seed: int | None
+    cut: bool = False             # not ours: ends within the line of its last step, which counts as no result
 
     @property
     def finished(self) -> bool:
@@ -98,21 +102,26 @@ class Log:
 
     @property
     def processes(self) -> int | None:
-        count = re.match(r"(\d+)x ", self.hardware) if self.dialect == "ours" else None
+        count = re.match(r"(\d{1,6})x ", self.hardware) if self.dialect == "ours" else None
         return self.result.get("processes", int(count[1]) if count else None)
 
     @property
     def hardware_class(self) -> str:
-        """For example 8xH100, 1xRTX 4090, cpu or unknown."""
-        match = re.match(r"(\d+)x ([^,]+)", self.hardware)
-        if not match:
-            return "unknown"
-        count, name = match.groups()
-        if name.startswith("cpu"):
-            return "cpu"
-        short = GPU_NAME.search(name)
-        form = re.search(r" (?:PCIe|NVL)\b", name)  # slower than the SXM form that has no such word
-        return f"{count}x{short[1] if short else name}{form[0] if form else ''}"
+        """For example 8xH100, 1xRTX 4090, 1xH100 + 7xA100, cpu or unknown."""
+        return " + ".join(map(short_name, self.hardware.split(" + ")))
+
+
+def short_name(hardware: str) -> str:
+    """See `Log.hardware_class`."""
+    match = re.match(r"(\d+)x ([^,]+)", hardware)
+    if not match:
+        return "unknown"
+    count, name = match.groups()
+    if name.startswith("cpu"):
+        return "cpu"
+    short = GPU_NAME.search(name)
+    form = re.search(r" (?:PCIe|NVL)\b", name)  # slower than the SXM form that has no such word
+    return f"{count}x{short[1] if short else name}{form[0] if form else ''}"
 
 
 def find_logs(folder: str | Path) -> list[Path]:
@@ -130,10 +139,10 @@ def read_log(path: str | Path) -> Log:
         raise LogError(f"{path} has no step line: it is no log of a run, or the run was cut off before its first step")
     dialect = "ours" if ours else "modded" if reader.steps[0].total is not None else "llmc"
     environment, result = reader.environment, reader.result if ours else derived_result(reader)
-    seed = environment.pop("seed", None)
-    seed = result.get("seed", int(seed) if seed and seed.isdecimal() else None)
+    seed = result.get("seed", told_seed(environment.pop("seed", "")))
     run_id = path.stem if UUID.fullmatch(path.stem) else reader.run_id or path.stem
-    return Log(path, run_id, dialect, sources, environment, reader.config, tuple(reader.steps), result, seed)
+    return Log(path, run_id, dialect, sources, environment, reader.config, tuple(reader.steps), result, seed,
+               not ours and reader.cut)
 
 
 def parts(path: Path) -> tuple[dict[str, str], int, bool]:
@@ -150,11 +159,11 @@ def parts(path: Path) -> tuple[dict[str, str], int, bool]:
 
 
 def lines_from(path: Path, start: int) -> Iterator[tuple[int, str]]:
-    """Lines from an offset in bytes on, without trailing spaces, with their numbers in the file."""
+    """Lines from an offset in bytes on, with their ends and their numbers in the file."""
     with open(path, "rb") as file:
         first = 1 + file.read(start).count(b"\n")
         for number, line in enumerate(file, first):
-            yield number, decode(line).rstrip()
+            yield number, decode(line)
 
 
 def embedded_sources(data: mmap.mmap) -> tuple[dict[str, str], int, bool]:
@@ -213,33 +222,58 @@ class Reader:
         self.path, self.ours = path, ours
         self.environment, self.config, self.steps, self.result, self.peak, self.run_id = {}, {}, [], {}, {}, None
         self.gpus, self.last = [], (self.environment, "header")  # the entry that a row below belongs to
+        self.val, self.cut = None, False  # the last validation; whether the last step line is cut off
 
     def read(self, lines: Iterable[tuple[int, str]]) -> None:
         """Takes every line with its number. Raises LogError."""
         for number, line in lines:
+            text, count = line.rstrip(), len(self.steps)
             try:
-                self.take(line)
+                self.take(text)
             except ValueError as error:
-                text = line if len(line) <= 120 else line[:117] + "..."
+                text = text if len(text) <= 120 else text[:117] + "..."
                 raise LogError(f"{self.path}, line {number}, {text!r}: {error}") from None
+            if len(self.steps) > count:
+                self.cut = not line.endswith("\n")
         if self.gpus:
-            self.environment["hardware"] = f"{len(self.gpus)}x {self.gpus[0]}"
+            self.environment["hardware"] = " + ".join(f"{n}x {name}" for name, n in Counter(self.gpus).items())
 
     def take(self, line: str) -> None:
         """One line. Raises ValueError with the reason if it is a step or a result that cannot be."""
         if line.startswith("step:") or (line.startswith("s:") and not self.ours):
             step = parse_step(line)
             if step is not None:
-                check_order(self.steps[-1] if self.steps else None, step, self.ours)
-                self.steps.append(step)
+                self.take_step(step)
+        elif self.steps and self.ours and line == RULE.decode():
+            raise ValueError(TWO_RUNS)
         elif self.steps and MANGLED.search(line):
-            raise ValueError(f"this is not a step line; {MEND}")
+            raise ValueError(TWO_RUNS if self.ended and self.steps[-1].total else f"this is not a step line; {MEND}")
         elif self.steps:
             self.take_end(line)
         elif self.ours:
             self.take_header(line)
         else:
             self.take_foreign_header(line)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last step line is the validation after the last step; of llm.c, which tells no total, any."""
+        last = self.steps[-1]
+        return last.kind == "val" and (last.total is None or last.step == last.total)
+
+    def take_step(self, step: Step) -> None:
+        """Raises ValueError where it does not fit what is above."""
+        if self.result:
+            raise ValueError(f"a step follows the result: if the file holds two runs, split it; else {MEND}")
+        if self.ours:
+            check_ours(step, None if self.steps or "resumed" in self.environment else self.config)
+        if self.steps:
+            check_order(self.steps[-1], step, self.ours)
+        if step.kind == "val":
+            if self.val and self.val.step == step.step and repr(self.val.loss) != repr(step.loss):
+                raise ValueError(f"step {step.step} has two validations, {self.val.loss} and {step.loss}; {MEND}")
+            self.val = step
+        self.steps.append(step)
 
     def take_header(self, line: str) -> None:
         if line.startswith("config "):
@@ -264,8 +298,11 @@ class Reader:
 
     def take_end(self, line: str) -> None:
         if self.ours and line.startswith("{"):
+            if self.result:
+                raise ValueError(f"this is a second result; {TWO_RUNS}")
             self.result = parse_result(line)
             check_result(self.result, self.steps[-1])
+            check_header(self.result, self.environment)
         elif match := PEAK.match(line):
             self.peak = {f"peak_memory_{name}_mib": int(mib) for name, mib in
                          zip(("allocated", "reserved"), match.groups(), strict=True) if mib}
@@ -275,7 +312,7 @@ def parse_step(line: str) -> Step | None:
     """A step line; None for llm.c's other evaluations. Raises ValueError with the reason."""
     if match := LLMC_STEP.fullmatch(line):
         return Step(int(match[1]), None, "val" if match[2] == "tel" else "train", number(match[3]), None)
-    if re.match(r"s:\d+ eval:", line):
+    if re.match(r"s:\d{1,18} eval:", line):
         return None
     match = STEP.fullmatch(line)
     if not match:
@@ -296,16 +333,36 @@ def parse_step(line: str) -> Step | None:
 def number(text: str, unit: str = "") -> float:
     """Raises ValueError if the text is not a number with its unit; losses may be nan and inf, times not."""
     if not re.fullmatch(r"\d+(\.\d*)?(e[+-]?\d+)?" + unit + ("" if unit else "|-?(nan|inf)"), text):
-        raise ValueError(f"{text!r} is not a number{' of ' * bool(unit)}{unit}; {MEND}")
-    return float(text.removesuffix(unit))
+        raise ValueError(f"{text!r:.40} is not a number{' of ' * bool(unit)}{unit}; {MEND}")
+    value = float(text.removesuffix(unit))
+    if unit and math.isinf(value):
+        raise ValueError(f"{text!r:.40} is infinite; {MEND}")
+    return value
 
 
-def check_order(last: Step | None, step: Step, ours: bool) -> None:
-    """Raises ValueError where step or time goes backwards; other clocks may start again after the untimed steps."""
-    if last is None:
-        return
+def told_seed(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"\d{1,20}", text) else None
+
+
+def check_ours(step: Step, config: dict[str, str] | None) -> None:
+    """Raises ValueError unless a line of ours has its time and, where it is the first of a run with this configuration,
+    is of step 0, or of the first steps if there are no validations but the last."""
+    if step.time_ms is None:
+        raise ValueError(f"a step line of ours needs train_time; {MEND}")
+    every, first = ((config or {}).get(key, "") for key in ("val_every", "log_every"))
+    least = first if every == "0" else "0" if every else ""
+    if re.fullmatch(r"\d{1,18}", least) and step.step > int(least):
+        raise ValueError(f"the first step line is of step {step.step}, that of a whole run of step {least}: "
+                         "lines are missing, take them from the original log")
+
+
+def check_order(last: Step, step: Step, ours: bool) -> None:
+    """Raises ValueError where step or time goes backwards or the total changes; other clocks may start again after the
+    untimed steps."""
     if step.step < last.step:
         raise ValueError(f"step {step.step} follows step {last.step}: if the file holds two runs, split it")
+    if step.total != last.total:
+        raise ValueError(f"the total of steps changes from {last.total} to {step.total}; {MEND}")
     untimed = not ours and last.step <= UNTIMED_STEPS <= step.step
     if None not in (step.time_ms, last.time_ms) and step.time_ms < last.time_ms and not untimed:
         raise ValueError(f"the training time goes backwards, from {last.time_ms:g} to {step.time_ms:g} ms")
@@ -315,14 +372,26 @@ def parse_result(line: str) -> dict:
     """Our last line. Raises ValueError if it is cut off, lacks what every result has or holds another type."""
     try:
         result = json.loads(line)
-    except json.JSONDecodeError:
-        raise ValueError("the result is cut off: without this line the run counts as unfinished") from None
+    except (ValueError, RecursionError):  # the former for a number of thousands of digits, too
+        raise ValueError("the result is cut off or broken: without this line the run counts as unfinished") from None
+    if any(isinstance(value, list | dict) for value in result.values()):
+        raise ValueError(f"the result holds more than names and values: {MEND}")
     for key, kind in (RESULT | OPTIONAL).items():
         value = result.get(key)
         if (key in RESULT or key in result) and (
-                not isinstance(value, kind) or isinstance(value, bool) or kind is not str and value < 0):
-            raise ValueError(f"the result's {key} is {value!r}: {MEND}")
+                not isinstance(value, kind) or isinstance(value, bool) or kind is not str and not (
+                    0 <= value <= MOST or key == "val_loss" and (math.inf == value or value != value))):
+            raise ValueError(f"the result's {key} is {value!r:.40}: {MEND}")
     return result
+
+
+def check_header(result: dict, environment: dict[str, str]) -> None:
+    """Raises ValueError where the result contradicts the header."""
+    for key, told in (("hardware", environment.get("hardware")), ("seed", told_seed(environment.get("seed", "")))):
+        given = result.get(key, told)
+        if told is not None and given != told:
+            raise ValueError(f"the result's {key} is {given}, the header's {told}: the log is of two runs, take the "
+                             "original")
 
 
 def check_result(result: dict, last: Step) -> None:
@@ -338,9 +407,12 @@ def check_result(result: dict, last: Step) -> None:
 
 
 def derived_result(reader: Reader) -> dict:
-    """Of a log that is not ours: {} unless its last step line is the validation after the last step."""
+    """Of a log that is not ours: {} unless its last step line is the whole line of the validation after the last step,
+    with the time if other validations have it."""
     last = reader.steps[-1]
-    if last.kind != "val" or (last.total is not None and last.step < last.total):
+    timed = any(step.time_ms is not None for step in reader.steps if step.kind == "val")
+    reader.cut |= timed and last.kind == "val" and last.time_ms is None
+    if reader.cut or not reader.ended:
         return {}
     time = {} if last.time_ms is None else {"train_time_ms": last.time_ms}
     total = {} if last.total is None else {"scheduled_steps": last.total}

@@ -19,8 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from records.check import RECORDS, record_folders
 from records.ladder import OPTIONS, equal_tokens, is_whole, loss_at, rung_folders, rung_logs, tokens_done, val_points
 from records.logs import Log, LogError, find_logs, read_log
-from records.stats import steps_done, track
-from records.table import groups
+from records.stats import groups, steps_done, track
 
 USAGE = "write `python -m records plot [records|curves|ladder] [LOG...] [--out DIR]`, LOGs for the curves only"
 KINDS = ("records", "curves", "ladder")

@@ -5,8 +5,10 @@ import difflib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from records.check import RECORDS, RUNS
@@ -16,6 +18,23 @@ from records.stats import check_pair, check_same, paired, settings, source_hash
 
 USAGE = "write `python -m records race A B -n N [key=value ...]`, A and B folders with a train_gpt.py"
 SCRIPT, PATIENCE = "train_gpt.py", 10  # seconds that an interrupted run has to end by itself
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unlike Ctrl-C in a terminal reaches this process alone."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated, once."""
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise Terminated
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def race(argv: list[str]) -> int:
@@ -28,19 +47,20 @@ def race(argv: list[str]) -> int:
           "no run is a warm-up: compilation is not timed", sep="\n", flush=True)
     pairs = []
     try:
-        for side in sides:  # what is wrong with either is known before any run
-            run(side, "before the first pair", [sys.executable, SCRIPT, "fetch", *words], folder, environment)
-        for seed in range(first, first + count):
-            pair = []
-            for side in sides:
-                logs = folder / f"{side}_{seed}"
-                run(side, f"with seed {seed}", [*launch, SCRIPT, *words, f"seed={seed}", f"log_dir={logs}"], folder,
-                    environment)
-                pair.append(the_log(side, logs, given))
-            check_pair([list(logs) for logs in zip(*pairs, pair, strict=True)])
-            check_same(pair, "hardware", lambda log: log.hardware)
-            print(table(*pair, first=not pairs), flush=True)
-            pairs.append(pair)
+        with terminable():
+            for side in sides:  # what is wrong with either is known before any run
+                run(side, "before the first pair", [sys.executable, SCRIPT, "fetch", *words], folder, environment)
+            for seed in range(first, first + count):
+                pair = []
+                for side in sides:
+                    logs = folder / f"{side}_{seed}"
+                    run(side, f"with seed {seed}", [*launch, SCRIPT, *words, f"seed={seed}", f"log_dir={logs}"], folder,
+                        environment)
+                    pair.append(the_log(side, logs, given))
+                check_pair([list(logs) for logs in zip(*pairs, pair, strict=True)])
+                check_same(pair, "hardware", lambda log: log.hardware)
+                print(table(*pair, first=not pairs), flush=True)
+                pairs.append(pair)
     except (LogError, KeyboardInterrupt) as error:
         print("\n".join(paired(pairs)), flush=True)
         raise LogError(f"{str(error) or 'interrupted'}; {len(pairs)} of {count} pairs are complete, the logs are in "
@@ -121,7 +141,9 @@ def run(side: str, when: str, command: list[str], folder: Path, environment: dic
                                                       stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as child:
         try:
             code = child.wait()
-        except KeyboardInterrupt:  # which a terminal sends to the run as well
+        except KeyboardInterrupt as stop:  # which a terminal sends to the run as well
+            if isinstance(stop, Terminated):
+                child.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(PATIENCE)
             child.terminate()

@@ -12,6 +12,7 @@ from records.logs import Log, LogError, read_log
 
 TARGET, LEVEL, CONFIDENCE, MOST_RUNS = 3.28, 0.01, 0.95, 10**6
 USAGE = "write `python -m records stats LOG... [--target 3.28] [-- LOG...]`"
+UNLIKE = ("torch", "operations", "model", "data", "token tables")  # of the environment, that bear on the training
 APART = {"seed", "trials", "name", "val_every", "log_every", "log_dir", "save_every", "keep"}  # change no training
 
 
@@ -67,7 +68,7 @@ def check_set(logs: list[Log]) -> None:
     """Raises LogError unless the logs are finished runs of one thing that differ in their seeds."""
     for log in logs:
         if not log.finished:
-            raise LogError(f"{log.path} is unfinished: leave it out")
+            raise LogError(f"{log.path} is {'cut off in its last line' if log.cut else 'unfinished'}: leave it out")
         if log.resumed:
             raise LogError(f"{log.path} was resumed, its training began in another log: leave it out")
         if not math.isfinite(log.val_loss):
@@ -75,26 +76,27 @@ def check_set(logs: list[Log]) -> None:
     check_new(logs)
     check_same(logs, "track", track)
     check_same(logs, "source", source_hash)
-    check_same(logs, "hardware", lambda log: log.hardware_class)
+    check_same(logs, "hardware", lambda log: log.hardware)
     check_same(logs, "number of steps", steps_done)
     for key in sorted({key for log in logs for key, _ in settings(log)}):
         check_same(logs, f"setting {key}", lambda log, key=key: log.config.get(key))
-    check_distinct(logs, "seed", lambda log: log.seed)
+    for key in UNLIKE:
+        check_same([log for log in logs if key in log.environment], key, lambda log, key=key: log.environment[key])
+    check_distinct(logs, "have the same seed, {}", lambda log: log.seed)
 
 
 def check_new(logs: list[Log]) -> None:
     """Raises LogError where one run is there twice, be it under two names."""
-    check_distinct(logs, "run", lambda log: log.identity)
-    check_distinct(logs, "step lines", lambda log: repr(log.steps))
+    check_distinct(logs, "are the same run", lambda log: log.identity)
+    check_distinct(logs, "are the same run", lambda log: repr(log.steps))
 
 
-def check_distinct(logs: list[Log], what: str, key: Callable[[Log], object]) -> None:
+def check_distinct(logs: list[Log], sentence: str, key: Callable[[Log], object]) -> None:
     seen = {}
     for log in logs:
         value = key(log)
         if value in seen and value is not None:
-            raise LogError(f"{seen[value].path} and {log.path} have the same {what}, {str(value)[:60]}: "
-                           "give each run once")
+            raise LogError(f"{seen[value].path} and {log.path} {sentence.format(value)}: give each run once")
         seen[value] = log
 
 
@@ -111,6 +113,16 @@ def check_pair(sets: list[list[Log]]) -> None:
         check_set(logs)
     check_new([log for logs in sets for log in logs])
     check_same([logs[0] for logs in sets], "track", track)
+
+
+def groups(logs: list[Log]) -> list[list[Log]]:
+    """Runs of one folder, hardware, source and configuration, the seed apart; those without times by themselves."""
+    found = {}
+    for log in logs:
+        key = (log.path.parent, log.hardware, log.processes, source_hash(log), settings(log), steps_done(log),
+               log.train_time_ms is None)
+        found.setdefault(key, []).append(log)
+    return [sorted(group, key=lambda log: (log.seed is None, log.seed, log.run_id)) for group in found.values()]
 
 
 def steps_done(log: Log) -> str:
@@ -158,7 +170,17 @@ def describe(logs: list[Log], target: float) -> list[str]:
             sd = f"{values.std(ddof=1):.{digits}f}" if len(values) > 1 else "-"
             lines.append(f"{name:10}{len(values):4}{values.mean():12.{digits}f}{sd:>12}{values.min():12.{digits}f}"
                          f"{values.max():12.{digits}f}")
-    return [*lines, verdict(losses(logs), target)]
+    return [*lines, *untold(logs), verdict(losses(logs), target)]
+
+
+def untold(logs: list[Log]) -> list[str]:
+    """Lines about what some log does not tell."""
+    timeless = [str(log.path) for log in logs if log.train_time_ms is None]
+    lines = [f"time, s   not compared: no time in {', '.join(timeless)}"] if 0 < len(timeless) < len(logs) else []
+    told = {"sources": [log.sources for log in logs], "seeds": [log.seed is not None for log in logs],
+            "hardware": [log.hardware != "unknown" for log in logs]}
+    missing = [what for what, values in told.items() if not all(values)]
+    return lines + [f"{', '.join(missing)} not told: not checked"] * bool(missing)
 
 
 def verdict(values: np.ndarray, target: float) -> str:
@@ -183,8 +205,8 @@ def compare(first: list[Log], second: list[Log]) -> list[str]:
     lines = [f"difference, first minus second ({CONFIDENCE:.0%} confidence interval; Welch's test, two-sided)"]
     for name, one, two, digits in (("val loss", losses(first), losses(second), 5),
                                    ("time, s", seconds(first), seconds(second), 3)):
-        if name == "time, s" and first[0].hardware_class != second[0].hardware_class:
-            lines.append(f"{name:10}not compared: {first[0].hardware_class} and {second[0].hardware_class}")
+        if name == "time, s" and first[0].hardware != second[0].hardware:
+            lines.append(f"{name:10}not compared: {first[0].hardware} and {second[0].hardware}")
         elif one is not None and two is not None:
             lines.append(f"{name:10}{welch(one, two, digits)}")
     return lines

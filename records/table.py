@@ -7,7 +7,7 @@ import numpy as np
 from records.check import RECORDS, record_folders
 from records.ladder import OPTIONS, equal_tokens, loss_at, rung_folders, rung_logs, time_to, val_points
 from records.logs import Log, LogError, find_logs, read_log
-from records.stats import TARGET, below, losses, seconds, settings, source_hash, steps_done
+from records.stats import TARGET, below, check_set, groups, losses, seconds, steps_done
 
 BEGIN, END = "<!-- table: python -m records table -->", "<!-- end of table -->"
 LADDER = "<!-- ladder: python -m records table -->"  # begins the ladder's tables, which END ends too
@@ -21,7 +21,7 @@ def table(argv: list[str]) -> int:
     old = table_files(RECORDS)
     new = {path: replaced(path, text, leaderboards(RECORDS, path.parent)) for path, text in old.items()}
     for path, block in ladder_tables(RECORDS).items():
-        old[path] = path.read_text(encoding="utf-8")
+        old[path] = text_of(path)
         new[path] = replaced(path, old[path], block, LADDER)
     stale = [path for path in old if new[path] != old[path]]
     names = " and ".join(path.relative_to(RECORDS.parent).as_posix() for path in stale)
@@ -40,7 +40,16 @@ def table_files(root: Path) -> dict[Path, str]:
     for path in paths:
         if not path.is_file():
             raise LogError(f"{path} is missing: make it, with the lines {BEGIN} and {END}")
-    return {path: path.read_text(encoding="utf-8") for path in paths}
+    return {path: text_of(path) for path in paths}
+
+
+def text_of(path: Path) -> str:
+    """Raises LogError if it is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LogError(f"{path} has the byte {path.read_bytes()[error.start]:#x} at offset {error.start}, which is no "
+                       "UTF-8: save it as UTF-8") from None
 
 
 def replaced(path: Path, text: str, tables: str, marker: str = BEGIN) -> str:
@@ -53,11 +62,13 @@ def replaced(path: Path, text: str, tables: str, marker: str = BEGIN) -> str:
 
 
 def leaderboards(root: Path, base: Path) -> str:
-    """Markdown, a section a track, with links relative to the folder `base`."""
+    """Markdown, a section a track, with links relative to the folder `base`. Raises LogError as stats would."""
     sections = []
     for track, folders in record_folders(root).items():
         logs = [read_log(path) for folder in folders for path in find_logs(folder)]
         rows = sorted(groups([log for log in logs if log.finished and not log.resumed]), key=order)
+        for group in rows:
+            check_set(group)
         lines = [f"### {track}", "", row(HEAD), row(["---"] * len(HEAD)), *(row(cells(group, base)) for group in rows)]
         counts = {"unfinished": sum(not log.finished for log in logs),
                   "resumed": sum(log.finished and log.resumed for log in logs)}
@@ -70,9 +81,11 @@ def leaderboards(root: Path, base: Path) -> str:
 def ladder_tables(root: Path) -> dict[Path, str]:
     """README of the ladder and of each rung to its table: of the runs of all rungs, and of its own."""
     rungs = {folder: groups(rung_logs(folder)) for folder in rung_folders(root)}
+    for group in (group for found in rungs.values() for group in found):
+        check_set(group)
     logs = [log for found in rungs.values() for group in found for log in group]
     at = equal_tokens(logs)
-    goal = max((loss_at(val_points(log), at) for log in logs), default=math.nan)
+    goal = max((loss for log in logs if math.isfinite(loss := loss_at(val_points(log), at))), default=math.nan)
     head = ("rung", "hardware", "n", f"val loss at {at / 1e6:.4g} million tokens", "ms a step",
             "thousand tokens a second", f"s to val loss {goal:.4f}", "logs")
     tables = {}
@@ -93,18 +106,9 @@ def ladder_cells(group: list[Log], base: Path, at: float, goal: float) -> list[s
     link = "" if folder == base else f"{folder.name}/"
     return [(f"[{folder.name}]({folder.name})" if link else folder.name) + options, group[0].hardware_class,
             str(len(group)), spread(np.array([loss_at(each, at) for each in points]), 4),
-            spread(times / group[0].result["steps"], 1), spread(group[0].result["tokens"] / times, 0),
+            spread(times / group[0].result["steps"], 1), spread((group[0].tokens or math.nan) / times, 0),
             spread(np.array([time_to(each, goal) for each in points]), 1),
             ", ".join(f"[{log.run_id[:8]}]({link}{log.path.name})" for log in group)]
-
-
-def groups(logs: list[Log]) -> list[list[Log]]:
-    """Runs of one folder, hardware, source and configuration, the seed apart."""
-    found = {}
-    for log in logs:
-        key = log.path.parent, log.hardware_class, log.processes, source_hash(log), settings(log), steps_done(log)
-        found.setdefault(key, []).append(log)
-    return [sorted(group, key=lambda log: (log.seed is None, log.seed, log.run_id)) for group in found.values()]
 
 
 def order(group: list[Log]) -> tuple:
@@ -125,7 +129,9 @@ def cells(group: list[Log], base: Path) -> list[str]:
 
 
 def spread(values: np.ndarray, digits: int) -> str:
-    """Mean, and the standard deviation where there are two values."""
+    """Mean, and the standard deviation where there are two values; "-" where one is untold."""
+    if np.isnan(values).any():
+        return "-"
     mean = f"{values.mean():.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {values.std(ddof=1):.{digits}f}"
 

@@ -4,10 +4,11 @@ import hashlib
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from test_records_logs import MODDED, ours
+from test_records_logs import MODDED, RULE, ours
 
 import train_gpt
 from records import compare
@@ -99,6 +100,50 @@ def test_two_records_differ_in_hardware_seed_losses_and_the_kernels_that_changed
     assert f"{x:8.4f} {y:8.4f} {y - x:+8.4f}" in out
 
 
+def test_logs_of_others_are_compared_by_validations_and_by_source(tmp_path, capsys):
+    modded, other, llmc = (tmp_path / name for name in ("modded.txt", "other.txt", "llmc.txt"))
+    modded.write_text(f"import os\nLIMIT = 1\n{RULE}\n{MODDED}")
+    other.write_text(f"import os\nLIMIT = 3\n{RULE}\n{MODDED.replace('3.2790', '3.2690')}")
+    llmc.write_text("s:0 tel:11.0258\ns:0 trl:11.0\ns:20 tel:3.3790\n")
+    assert main(["diff", str(modded), str(other)]) == main(["diff", str(modded), str(llmc)]) == 0
+    first, second = capsys.readouterr().out.split(f"A {modded}\n")[1:]
+    assert "     20   3.2790   3.2690  -0.0100" in first and "-LIMIT = 1\n+LIMIT = 3\n" in first
+    assert "     20   3.2790   3.3790  +0.1000" in second and "llmc.txt embeds no source: nothing to compare" in second
+
+
+def test_a_source_of_another_s_log_is_extracted_and_one_without_is_refused(tmp_path, capsys):
+    modded, llmc = tmp_path / "modded.txt", tmp_path / "llmc.txt"
+    modded.write_text(f"import os\n{RULE}\n{MODDED}")
+    llmc.write_text("s:0 tel:11.0\ns:20 tel:3.3\n")
+    assert main(["extract", str(modded), str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run/train_gpt.py").read_text() == "import os\n"
+    readme = (tmp_path / "run/README.md").read_text()
+    assert "It ran on unknown with versions that the log does not name: val loss 3.2790 after 2.0 s" in readme
+    assert "\npython train_gpt.py\n" in readme
+    assert main(["extract", str(llmc), str(tmp_path / "none")]) == 2 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, SyntaxError, ValueError])
+def test_a_source_that_python_cannot_parse_is_compared_as_a_whole(monkeypatch, error):
+    def parse(_):
+        raise error
+    monkeypatch.setattr(compare, "ast", SimpleNamespace(parse=parse))
+    assert compare.pieces(A) == {"module": A}
+
+
+@pytest.mark.parametrize("text", ["x = " + "(" * 5000, "x = " + "-" * 100_000 + "1\n", "x\0"])
+def test_a_source_nested_too_deeply_is_compared_as_a_whole(text):
+    assert compare.pieces(text) == {"module": text}
+
+
+@pytest.mark.parametrize("name", ["data", "README.md", "a\0.py", "..", "a/b.py", "x" * 300 + ".py", ".py"])
+def test_a_source_with_a_name_of_no_script_is_refused(tmp_path, capsys, name):
+    path = ours(tmp_path / "log.txt")
+    path.write_bytes(path.read_bytes().replace(b"source: triton_kernels.py", f"source: {name}".encode()))
+    assert main(["extract", str(path), str(tmp_path / "run")]) == 2 and not (tmp_path / "run").exists()
+    assert "not NAME.py: not extracted" in capsys.readouterr().err
+
+
 def test_a_log_without_source_is_said_to_have_none(tmp_path, capsys):
     path = tmp_path / "other.txt"
     path.write_text(MODDED)
@@ -150,7 +195,7 @@ def test_a_readme_among_the_sources_and_a_folder_without_a_name_are_refused(tmp_
     path.write_bytes(path.read_bytes().replace(b"source: triton_kernels.py", b"source: README.md"))
     assert main(["extract", str(path), str(tmp_path / "run")]) == 2 and not (tmp_path / "run").exists()
     error = capsys.readouterr().err
-    assert "extract takes a log and a folder" in error and "a source called README.md" in error
+    assert "extract takes a log and a folder" in error and "a source called 'README.md'" in error
 
 
 def test_a_difference_is_shown_from_where_it_is_seen():
@@ -181,6 +226,7 @@ def test_the_command_of_an_extracted_run_sets_what_the_log_says():
     python, script, *options = shlex.split(compare.command(log))
     assert (python, script) == ("python", "train_gpt.py")
     cfg = train_gpt.parse_options(options)
+    assert "log_dir" in log.config and not any(option.startswith("log_dir=") for option in options)
     assert (cfg.preset, cfg.seed, cfg.trials, cfg.val_every, cfg.steps) == ("corpus", 1, 1, 0, 444)
     four = read_log(find_logs(KERNELS)[0])
     assert compare.command(four).startswith("torchrun --standalone --nproc_per_node 4 train_gpt.py preset=corpus")

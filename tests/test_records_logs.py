@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT, tiny_config
 
 import train_gpt
-from records.check import record_folders
+from records.check import needed_sources, record_folders
+from records.ladder import tokens_done
 from records.logs import LogError, Step, find_logs, read_log
 
 RULE = "=" * 100
@@ -69,7 +70,7 @@ def read(tmp_path):
 def test_every_log_of_the_project_is_read(path):
     log, data = read_log(path), path.read_bytes()
     top = b"".join(f"{RULE}\nsource: {name}\n{RULE}\n{text}\n".encode() for name, text in log.sources.items())
-    assert list(log.sources) == ["train_gpt.py", "triton_kernels.py"] and data.startswith(top)
+    assert {*needed_sources(log)} <= log.sources.keys() and data.startswith(top)
     assert log.dialect == "ours" and log.run_id == path.stem
     assert 0 <= log.seed - int(log.config["seed"]) < int(log.config["trials"])
     lines = data[len(top):].decode().splitlines()
@@ -176,7 +177,7 @@ def test_a_source_may_stand_between_two_rules(read):
 
 
 def test_text_before_a_rule_that_imports_nothing_is_no_source(read):
-    log = read(f"step:0/20 val_loss:11 train_time:0ms\n{RULE}\n{MODDED}")
+    log = read(f"step:0/20 val_loss:10.8258 train_time:0ms\n{RULE}\n{MODDED}")
     assert log.sources == {} and len(log.steps) == 5
 
 
@@ -370,3 +371,91 @@ def test_what_cannot_be_opened_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "none.txt"):
         with pytest.raises(LogError, match=f"cannot read {path}: "):
             read_log(path)
+
+
+@pytest.mark.parametrize("text", [
+    f"{MODDED.split('peak')[0]}step:20/20 val_loss:3.2", MODDED[:MODDED.index("peak") - 1],
+    MODDED.replace("3.2790 train_time:2010ms step_avg:100.50ms", "3.2"), "s:0 tel:11\ns:250 tel:6",
+    "s:0 tel:11.0\ns:250 tel:6.123456"])
+def test_a_log_of_others_that_ends_within_its_last_line_is_unfinished(read, text):
+    log = read(text.replace("step:20/20 val_loss:3.2790 train_time:2010ms step_avg:100.50ms\nstep", "step"))
+    assert log.cut and not log.finished
+
+
+def test_a_last_line_that_is_whole_or_no_step_is_not_cut_off(read):
+    untimed = "step:0/1 val_loss:9\nstep:1/1 val_loss:3\n"
+    for text in (MODDED, MODDED.removesuffix("\n"), "s:0 tel:11\ns:250 tel:6\n", untimed):
+        assert read(text).finished and not read(text).cut
+
+
+def test_the_gpus_of_a_machine_are_counted_by_their_names(read):
+    mixed = SMI.replace("H100 80GB HBM3", "A100-SXM4-40GB", 7)
+    log = read(f"{SOURCE}{RULE}\n{mixed}{RULE}\n{MODDED}")
+    assert log.hardware == "7x NVIDIA A100-SXM4-40GB + 1x NVIDIA H100 80GB HBM3"
+    assert log.hardware_class == "7xA100 + 1xH100"
+
+
+def test_numbers_of_thousands_of_digits_are_untold_or_refused(tmp_path, read):
+    digits = "1" * 5000
+    path = ours(tmp_path / "log.txt", finished=False)
+    text = path.read_text()
+    for old, new in (("\nseed:0", f"\nseed:{digits}"), ("hardware:8x", f"hardware:{digits}x"),
+                     ("stage 0: steps 0-19", f"stage 0: steps 0-{digits}, {digits} tokens a step"),
+                     ("stages=", f"batch_tokens={digits}")):
+        log = read(text.replace(old, new))
+        assert math.isnan(tokens_done(log, 5)) and log.processes in (None, 8) and log.seed in (None, 0)
+    whole = ours(path).read_text()
+    for old, new in (('"steps": 20', f'"steps": {digits}'), ('"tokens": 1000', f'"tokens": 1{"0" * 400}'),
+                     ('"tokens": 1000', '"tokens": ' + "[" * 100_000), ('"tokens": 1000', '"x": [[1]]'),
+                     ("step:20/", f"step:{digits}/"), ('"train_time_ms": 2000', '"train_time_ms": Infinity')):
+        with pytest.raises(LogError) as error:
+            read(whole.replace(old, new))
+        assert len(str(error.value)) < 600 and "Exceeds" not in str(error.value)
+
+
+def test_a_long_row_of_a_machine_s_table_is_read_in_time(read):
+    begin = time.perf_counter()
+    read(f"{SOURCE}{RULE}\n|   0  NVIDIA{' ' * 60_000}x\n|   0  {'NVIDIA ' * 9000}x\n{RULE}\n{MODDED}")
+    assert time.perf_counter() - begin < 2
+
+
+@pytest.mark.parametrize("old,new,reason", [
+    ('"seed": 0', '"seed": 7', "the result's seed is 7, the header's 0"),
+    ("\nhardware:8x NVIDIA H100", "\nhardware:8x NVIDIA B200", "is 8x NVIDIA H100 .*, the header's 8x NVIDIA B"),
+    ("train_loss:3.5000 train_time:1999ms", "train_loss:3.5000", "a step line of ours needs train_time"),
+    ("train_time:2000ms", f"train_time:{'9' * 400}ms", "is infinite"),
+    ("step:20/20 train", "step:20/200 train", "the total of steps changes from 20 to 200"),
+    ("step:20/20 train_loss:3.5000", "step:0/20 val_loss:10.9", "step 0 has two validations, 10.8 and 10.9")])
+def test_a_log_that_contradicts_itself_is_refused(tmp_path, old, new, reason):
+    path = ours(tmp_path / "log.txt")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(LogError, match=reason):
+        read_log(path)
+
+
+def test_nothing_of_a_run_follows_its_result(tmp_path, read):
+    text = ours(tmp_path / "log.txt").read_text()
+    with pytest.raises(LogError, match="a step follows the result: if the file holds two runs, split it"):
+        read(f"{text}step:20/20 train_loss:3.2 train_time:2001ms\n")
+    with pytest.raises(LogError, match="this is a second result; the file holds two runs: split it"):
+        read(text + text.splitlines()[-1])
+
+
+def test_two_logs_in_one_file_are_to_be_split(tmp_path, read):
+    whole, cut = ours(tmp_path / "a.txt").read_text(), ours(tmp_path / "b.txt", finished=False).read_text()
+    script = f'import os\nprint(f"step:{{i}} val_loss:{{x}}")\n{RULE}\n{MODDED}'
+    for text in (whole + whole, cut + whole, script + script):
+        with pytest.raises(LogError, match="the file holds two runs: split it"):
+            read(text)
+    with pytest.raises(LogError, match="if the file holds two runs, split it"):
+        read("s:0 tel:11\ns:9 tel:3\n" * 2)
+
+
+def test_a_run_of_ours_begins_with_its_first_step_unless_it_was_resumed(tmp_path, read):
+    for every, first, fine in ((5, 0, True), (5, 1, False), (0, 4, True), (0, 5, False)):
+        text = ours(tmp_path / "a.txt", val_every=every, log_every=4).read_text()
+        text = text.replace("step:0/20 val_loss:10.8000", f"step:{first}/20 train_loss:10.8000")
+        with contextlib.nullcontext() if fine else pytest.raises(LogError, match=f"is of step {first}, .*missing"):
+            read(text)
+        assert read(text.replace("\nseed:0", "\nresumed:a_step_2.pt at step 2\nseed:0")).resumed

@@ -275,6 +275,21 @@ def test_one_picture_alone_and_logs_for_the_curves(project, tmp_path, capsys):
                                        "so the panel of tokens is without it\n")
 
 
+def test_a_log_of_llm_c_tells_neither_time_nor_tokens_and_is_in_no_panel(project, tmp_path, capsys):
+    (tmp_path / "main.log").write_text("s:0 tel:11.0\ns:1 trl:10.9\ns:250 tel:6.1\n")
+    assert plot.plot(["curves", str(tmp_path / "main.log"), "--out", str(tmp_path / "img")]) == 1
+    error = capsys.readouterr().err
+    assert "does not tell time" in error and "does not tell tokens" in error and "curves: nothing to draw" in error
+
+
+def test_a_rung_s_log_of_others_is_in_the_picture_of_times_alone(project, tmp_path, capsys):
+    rungs(project)
+    (project / "ladder/02_B/theirs.txt").write_text(MODDED.replace("10.8 train_time:0ms step_avg:nanms", "10.8"))
+    assert plot.plot(["ladder", "--out", str(tmp_path / "img")]) == 0
+    assert "02 B: a log does not tell its loss at equal tokens" in capsys.readouterr().err
+    assert (tmp_path / "img/ladder.png").is_file()
+
+
 @pytest.mark.parametrize("column", ["val_loss:nan", "lr:0.1"])
 def test_a_log_without_a_loss_is_said_to_have_none(project, tmp_path, capsys, column):
     path = tmp_path / "2026_nan" / "log.txt"

@@ -36,8 +36,8 @@ if "fetch" in sys.argv:
 if FAULT == "fails" and seed == 2:
     print("one\\ntwo\\nthree\\nfour", file=sys.stderr)
     sys.exit(7)
-if FAULT == "interrupted" and seed == 2:
-    os.kill(os.getppid(), signal.SIGINT)
+if FAULT in ("SIGINT", "SIGTERM") and seed == 2:
+    os.kill(os.getppid(), getattr(signal, FAULT))
     time.sleep(float(given["steps"]))
     sys.exit(130)
 draw = random.Random(f"{side}{seed}").gauss
@@ -201,12 +201,23 @@ def interruptible():
 def test_an_interrupted_race_gives_what_its_pairs_say(project, capsys, monkeypatch, interruptible, seconds):
     """Whether the run ends by itself, as the trainer does, or must be ended."""
     monkeypatch.setattr(race, "PATIENCE", 0.2)
-    side(project, "one", FAULT="interrupted")
+    side(project, "one", FAULT="SIGINT")
     side(project, "two")
     begin = time.monotonic()
     sentence, out = refused(capsys, "one", "two", "-n", "4", f"steps={seconds}")
     assert time.monotonic() - begin < 40, "the run was waited for to its end"
     assert "interrupted in A with seed 2; 2 of 4 pairs are complete" in sentence and "2 pairs: mean of B - A" in out
+
+
+def test_a_terminated_race_ends_its_run_at_once_and_gives_what_its_pairs_say(project, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    side(project, "one", FAULT="SIGTERM")
+    side(project, "two")
+    begin = time.monotonic()
+    sentence, out = refused(capsys, "one", "two", "-n", "4", "steps=60")
+    assert time.monotonic() - begin < race.PATIENCE, "the run was waited for"
+    assert "interrupted in A with seed 2; 2 of 4 pairs are complete" in sentence and "2 pairs: mean of B - A" in out
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("constants, words", [

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_records_logs import MODDED, RULE, SOURCE, UUID, ours
+from test_records_logs import MODDED, RULE, SMI, SOURCE, UUID, ours
 
 pytest.importorskip("scipy", reason="scipy, of requirements-dev.txt, is not installed")
 
@@ -122,7 +122,8 @@ def test_times_of_other_hardware_are_not_compared(run, runs, tmp_path):
     slow = [str(ours(log_path(tmp_path / "slow", 4 + seed), seed, 3.27 + seed / 1e3, hardware="4x NVIDIA H200"))
             for seed in (0, 1)]
     out = run("stats", *runs, "--", *slow)[1].splitlines()
-    assert "p = " in out[-2] and out[-1] == "time, s   not compared: 8xH100 and 4xH200"
+    assert "p = " in out[-2] and out[-1] == ("time, s   not compared: 8x NVIDIA H100 80GB HBM3, compute "
+                                                    "capability 9.0 and 4x NVIDIA H200")
 
 
 def test_a_second_set_of_one_run_is_described_without_a_test(run, runs, others):
@@ -152,7 +153,7 @@ def test_a_set_of_unlike_runs_is_refused_with_the_names_of_the_files(run, runs, 
 
 def test_a_run_that_is_given_twice_is_refused(run, runs, others):
     for argv in ((runs[0], runs[0]), (*runs, "--", runs[0])):
-        assert f"{runs[0]} and {runs[0]} have the same run" in refused(run, "stats", *argv)
+        assert f"{runs[0]} and {runs[0]} are the same run: give each run once" in refused(run, "stats", *argv)
 
 
 def test_a_run_under_other_names_is_refused_and_two_files_of_one_name_are_two_runs(run, tmp_path):
@@ -163,7 +164,7 @@ def test_a_run_under_other_names_is_refused_and_two_files_of_one_name_are_two_ru
     first, second, copy = map(str, paths)
     assert run("stats", first, second)[0] == 0
     for argv in ((first, copy), (first, "--", copy)):
-        assert f"{first} and {copy} have the same step lines" in refused(run, "stats", *argv)
+        assert f"{first} and {copy} are the same run: give each run once" in refused(run, "stats", *argv)
 
 
 def test_a_seed_is_named_only_where_nothing_else_differs(run, runs, tmp_path):
@@ -211,6 +212,55 @@ def test_sets_of_two_tracks_are_refused(run, runs, tmp_path):
     (["none.txt"], "cannot read none.txt: No such file")])
 def test_bad_arguments_of_stats_are_one_sentence(run, argv, part):
     assert part in refused(run, "stats", *argv)
+
+
+def test_a_log_that_was_cut_off_in_its_last_line_is_refused(run, tmp_path):
+    path = tmp_path / "theirs.txt"
+    path.write_text(f"{MODDED.split('step:20/20 val')[0]}step:20/20 val_loss:3.2")
+    assert refused(run, "stats", str(path)) == f"error: {path} is cut off in its last line: leave it out\n"
+
+
+def test_what_logs_do_not_tell_is_said_not_to_be_checked(run, runs, tmp_path):
+    path = tmp_path / "theirs.txt"
+    path.write_text(MODDED)
+    assert "\nsources, seeds, hardware not told: not checked\n" in run("stats", str(path))[1]
+    path.write_text(f"{SOURCE}{RULE}\n{SMI}{RULE}\n{MODDED}")
+    assert "\nseeds not told: not checked\n" in run("stats", str(path))[1]
+    assert "not told" not in run("stats", *runs)[1]
+
+
+def test_a_log_without_times_among_others_is_named(run, tmp_path):
+    paths = [tmp_path / "timed.txt", tmp_path / "other.txt"]
+    paths[0].write_text(MODDED)
+    paths[1].write_text("step:0/20 val_loss:10.8\nstep:20/20 val_loss:3.28\n")
+    assert f"\ntime, s   not compared: no time in {paths[1]}\n" in run("stats", *map(str, paths))[1]
+
+
+@pytest.mark.parametrize("one,two", [
+    ("1x cpu (x86_64, 2 cores)", "1x cpu (aarch64, 128 cores)"),
+    ("2x NVIDIA A100-SXM4-40GB", "2x NVIDIA A100-SXM4-80GB"),
+    ("1x NVIDIA GeForce RTX 4090", "1x NVIDIA GeForce RTX 4090 Laptop GPU")])
+def test_hardware_of_one_class_is_not_yet_one_hardware(run, tmp_path, one, two):
+    a, b = (str(ours(log_path(tmp_path / "a", seed), seed, 3.27 + seed / 1e3, hardware=hardware))
+            for seed, hardware in enumerate((one, two)))
+    assert read_log(a).hardware_class == read_log(b).hardware_class
+    assert f"differ in hardware, {one} and {two}" in refused(run, "stats", a, b)
+
+
+@pytest.mark.parametrize("old,new,what", [
+    ("torch:2.11.0+cu130", "torch:2.12.0", "torch, 2.11.0+cu130 and 2.12.0"),
+    ("data: 1,000", "data: 2,000", "data, 1,000 training tokens and 2,000 training tokens"),
+    ("data:", "operations: mlp kernel\ndata:", None), ("data:", "model: 9 parameters\ndata:", None)])
+def test_an_environment_that_bears_on_the_training_is_one(run, runs, old, new, what):
+    path = Path(runs[1])
+    path.write_text(path.read_text().replace(old, new))
+    if what:
+        assert f"{runs[0]} and {runs[1]} differ in {what}: take runs of one thing" in refused(run, "stats", *runs)
+    else:  # which the others do not tell
+        assert run("stats", *runs)[0] == 0
+        key = new.split(":")[0]
+        Path(runs[2]).write_text(Path(runs[2]).read_text().replace(old, f"{key}: other\n{old}"))
+        assert f"{runs[1]} and {runs[2]} differ in {key}, " in refused(run, "stats", *runs)
 
 
 ########################################
@@ -319,6 +369,52 @@ def test_check_counts_or_lists(root, run, monkeypatch):
     (root / "smoke" / "2026-01-03_Second" / "README.md").unlink()
     assert run("check") == (1, "smoke/2026-01-03_Second has no README.md, or an empty one\n", "")
     assert "takes no arguments" in refused(run, "check", "all")
+
+
+@pytest.mark.parametrize("change,sentence", [({"seed": 2}, "have the same seed, 2"),
+                                             ({"seed": 9, "val_loss": math.nan}, "the run diverged")])
+def test_check_and_table_refuse_rows_that_stats_refuses(root, run, monkeypatch, change, sentence):
+    monkeypatch.setattr(table, "RECORDS", root)
+    path = ours(log_path(root / "smoke" / "2026-01-03_Second", 9), preset="smoke", **{"val_loss": 3.29, **change})
+    problem, = problems(root)
+    assert sentence in problem and str(path) in problem and sentence in refused(run, "table")
+
+
+def test_a_rung_s_runs_are_a_set_too(root, run, monkeypatch):
+    monkeypatch.setattr(table, "RECORDS", root)
+    folder = rung(root, "01_A", {}, {})
+    ours(log_path(folder, 1), 0, 3.29, hardware="1x NVIDIA H200, compute capability 9.0")
+    assert "have the same seed, 0" in check.rung_problems(folder)[0] and "same seed, 0" in refused(run, "table")
+
+
+def test_records_and_logs_that_no_table_finds_are_named(root, run, monkeypatch):
+    monkeypatch.setattr(check, "RECORDS", root)
+    ours(root / "lone" / "Name" / "a.txt", 4, 3.26)
+    ours(root / "2026-12-01_Root" / "b.txt", 5, 3.25)
+    ours(log_path(root / "smoke", 6), 6, 3.24)
+    (root / "smoke" / "2026-01-03_Second" / "x.log").write_text(MODDED)
+    remedy = "lies where no table finds it: move it into a folder TRACK/YYYY-MM-DD_Name"
+    assert run("check")[1].splitlines() == [
+        "lone/Name is not named YYYY-MM-DD_Name with a date of the calendar",
+        "lone/Name has no README.md, or an empty one",
+        "smoke/2026-01-03_Second/x.log is neither README.md, a log (.txt), a script (.py) nor a picture (.png)",
+        f"2026-12-01_Root {remedy}", f"smoke/{UUID.format(6)}.txt {remedy}"]
+
+
+def test_logs_of_others_are_checked_and_have_rows(root, run, monkeypatch):
+    monkeypatch.setattr(table, "RECORDS", root)
+    folder = root / "smoke" / "2026-01-03_Second"
+    (folder / "modded.txt").write_text(f"{SOURCE}{RULE}\n{SMI}{RULE}\n{MODDED}")
+    (folder / "llmc.txt").write_text("s:0 tel:11.0\ns:250 tel:6.1\n")
+    assert problems(root) == [f"smoke/{folder.name}/llmc.txt lacks the source train_gpt.py"]
+    (folder / "llmc.txt").write_text("s:0 tel:11.0\ns:250 tel:6")
+    assert f"smoke/{folder.name}/llmc.txt is cut off in its last line, and the README does not say" in problems(root)[1]
+    assert run("table")[0] == 0 and "Left out: 1 unfinished log.\n" in (root / "README.md").read_text()
+    (folder / "llmc.txt").write_text("s:0 tel:11.0\ns:250 tel:6.1\n")
+    assert run("table")[0] == 0
+    found = [row[1:7] for row in rows((root / "README.md").read_text()) if "Second" in row[0]]
+    assert found == [["8xH100", "8", "1", "3.2720", "2.00", "-"], ["8xH100", "-", "1", "3.2790", "2.01", "-"],
+                     ["unknown", "-", "1", "6.1000", "-", "-"]]
 
 
 ########################################
@@ -496,6 +592,40 @@ def test_missing_markers_are_named(tables, root, run, text):
     assert (root / "README.md").read_text() == text
 
 
+def test_a_log_without_times_takes_no_other_s_times_away(tables, root):
+    folder = root / "smoke" / "2026-01-03_Second"
+    (folder / "timed.txt").write_text(MODDED)
+    (folder / "other.txt").write_text("step:0/20 val_loss:10.8\nstep:20/20 val_loss:3.28\n")
+    assert [row[5] for row in rows(tables()) if row[1] == "unknown"] == ["2.01", "-"]
+
+
+def test_a_rung_s_log_may_tell_no_tokens(tables, root):
+    path = log_path(rung(root, "01_A", {}, dict(val_loss=3.28)), 0)
+    path.write_text(path.read_text().replace('"tokens": 1000, ', ""))
+    second = log_path(rung(root, "02_B", dict(val_loss=3.3)), 0)
+    second.write_text(second.read_text().replace("step:0/20 val_loss:10.8000 train_time:1ms step_avg:1.00ms\n", ""))
+    tables()
+    assert [row[5] for row in rows((root / "ladder" / "README.md").read_text())] == ["-", "0"]
+
+
+def test_a_rung_s_log_of_others_may_have_a_validation_without_a_time(tables, root):
+    folder = rung(root, "01_A")
+    (folder / "theirs.txt").write_text(MODDED.replace("10.8258 train_time:0ms", "10.8258"))
+    tables()
+    assert rows((root / "ladder" / "README.md").read_text())[0][:3] == ["[01_A](01_A)", "unknown", "1"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "../README.md", "ladder/01_A/README.md"])
+def test_a_readme_that_is_no_text_is_named(root, run, monkeypatch, name):
+    monkeypatch.setattr(table, "RECORDS", root)
+    rung(root, "01_A", {})
+    path = (root / name).resolve()
+    path.write_bytes(b"caf\xff" + path.read_bytes())
+    for argv in ((), ("--check",)):
+        sentence = refused(run, "table", *argv)
+        assert f"{path} has the byte 0xff at offset 3, which is no UTF-8: save it as UTF-8" in sentence
+
+
 ########################################
 #             Command line             #
 ########################################
@@ -540,3 +670,10 @@ def test_an_output_that_cannot_be_written_is_one_sentence(runs):
         done = subprocess.run([sys.executable, "-m", "records", "stats", *runs], cwd=ROOT, text=True, stdout=full,
                               stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 2 and done.stderr == "error: cannot use the output: No space left on device\n"
+
+
+def test_a_closed_output_is_one_sentence(tmp_path):
+    for command_line in ("check", ""):
+        done = subprocess.run(["sh", "-c", f"'{sys.executable}' -m records {command_line} >&-"], cwd=ROOT, text=True,
+                              stderr=subprocess.PIPE, timeout=60)
+        assert (done.returncode, done.stderr) == (2, "error: the output is closed: give one, or >/dev/null\n")
