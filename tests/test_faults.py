@@ -54,9 +54,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds p
 
 
 @linux
+@pytest.mark.slow
 @pytest.mark.parametrize("number, says", [
-    pytest.param(signal.SIGKILL, "rank 1 was killed (SIGKILL)", marks=pytest.mark.slow),
-    (signal.SIGSTOP, "rank 1 gave no sign of life for 6 s")])
+    (signal.SIGKILL, "rank 1 was killed (SIGKILL)"), (signal.SIGSTOP, "rank 1 gave no sign of life for 6 s")])
 def test_a_rank_that_is_killed_or_stopped_ends_the_run_by_name_and_it_goes_on(shards, tmp_path, number, says):
     options = ["save_every=2", "keep=0", f"log_dir={tmp_path}"]
     run = start(shards, *options, processes=2)

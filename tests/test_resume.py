@@ -72,7 +72,7 @@ def test_checkpoints_stand_beside_the_log_at_every_save_every_and_at_the_end(who
         f"checkpoint:{path.name}" for _, path in sorted(checkpoints(whole).items())]
 
 
-@pytest.mark.parametrize("step", [2, 8, 12])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 8, 12])
 def test_a_resumed_run_has_the_same_losses_and_ends_in_the_same_state_bit_for_bit(whole, shards, tmp_path, step):
     resumed = train(shards, tmp_path, save_every=2, resume=str(checkpoints(whole)[step]))
     for theirs, ours in zip(whole.losses, resumed.losses, strict=True):
@@ -90,16 +90,18 @@ def test_the_newest_checkpoints_stay(shards, tmp_path):
     assert sorted(checkpoints(train(shards, tmp_path, save_every=4, keep=2))) == [12, 14]
 
 
-def test_a_run_killed_at_ten_points_ends_with_the_losses_of_one_that_was_not(shards, tmp_path):
-    """By SIGKILL and SIGTERM, three times while a checkpoint is being written."""
-    draw, out, options = random.Random(0), tmp_path / "logs", ["save_every=2", "keep=0", "steps=40", "val_every=6"]
+@pytest.mark.parametrize("kills", [5, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_killed_at_many_points_ends_with_the_losses_of_one_that_was_not(shards, tmp_path, kills):
+    """By SIGKILL and, once, SIGTERM; every third time while a checkpoint is being written."""
+    draw, out = random.Random(0), tmp_path / "logs"
+    options = ["save_every=2", "keep=0", f"steps={4 * kills}", "val_every=6"]
     shards = tmp_path / "shards"
     shards.mkdir()
     write_shard(shards / "train_000000.bin", random_stream(0, 20_000, longest=40))
     write_shard(shards / "val_000000.bin", random_stream(1, 600))
     uncut = start(shards, *options, f"log_dir={tmp_path}/uncut")
     assert uncut.wait(120) == 0, uncut.stderr.read()
-    for kill in range(10):
+    for kill in range(kills):
         found = newest(out)
         run = start(shards, *options, f"log_dir={out}", *[f"resume={found}"] * bool(found))
         before, begin = {*out.rglob("*.pt*")}, time.time()
@@ -114,8 +116,8 @@ def test_a_run_killed_at_ten_points_ends_with_the_losses_of_one_that_was_not(sha
     last = start(shards, *options, f"log_dir={out}", f"resume={newest(out)}")
     assert last.wait(120) == 0, last.stderr.read()
     expected, seen = losses(tmp_path / "uncut"), losses(out)
-    assert len(list(out.rglob("*.txt"))) == 11 and seen == expected
-    assert max(step for step, _ in seen) == 42
+    assert len(list(out.rglob("*.txt"))) == kills + 1 and seen == expected
+    assert max(step for step, _ in seen) == 4 * kills + 2
 
 
 @pytest.mark.parametrize("number, code, says", [(signal.SIGTERM, 143, "ended by SIGTERM"),
