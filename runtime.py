@@ -568,7 +568,7 @@ class Console:
 
     def __init__(self, last_step: int, log_every: int, rank: int):
         self.last_step, self.quiet = last_step, rank != 0
-        self.bar, self.loss, self.first = None, "...", 0
+        self.bar, self.loss = None, "..."
         self.every = max(log_every, last_step // 20)
 
     def say(self, text: str) -> None:

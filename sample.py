@@ -5,8 +5,10 @@ Text from a trained model, on a GPU or a CPU.
 
 A run with save_every= leaves checkpoints beside its log. Each new token is one forward pass over the text so far.
 """
+import atexit
 import dataclasses
 import importlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
@@ -47,6 +49,7 @@ def open_trainer(sources: dict[str, str], source: str) -> ModuleType:
     """train_gpt of this checkout, or the one that a checkpoint carries, in a folder of its own."""
     if source == "checkpoint":
         folder = Path(tempfile.mkdtemp(prefix="trainer_"))
+        atexit.register(shutil.rmtree, folder)
         for name, text in sources.items():
             (folder / Path(name).name).write_text(text, encoding="utf-8")
             sys.modules.pop(Path(name).stem, None)
@@ -66,7 +69,8 @@ def open_model(options: Model, **changes):
     if options.device not in ("auto", "cpu", *["cuda"] * cuda):
         raise UserError(f"device={options.device!r} is not here: take auto or cpu")
     device = torch.device("cuda" if cuda and options.device != "cpu" else "cpu")
-    saved = read_checkpoint(ROOT / options.ckpt, {"step": int, "config": dict, "state": dict, "sources": dict})
+    saved = read_checkpoint(ROOT / options.ckpt, {"step": int, "config": dict, "state": dict, "sources": dict,
+                                                  "token_tables": str, "val_loss": float})
     module = open_trainer(saved["sources"], options.source)
     cfg = module.saved_config(saved["config"], **{"dtype": "auto", "fp8": "auto", "kernels": "auto", "compile": "off",
                                                   "resume": "", **changes})

@@ -696,7 +696,7 @@ def adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Ten
 
 
 DONE = SimpleNamespace(wait=lambda: None)  # the handle of a collective among one process
-ALONE = SimpleNamespace(begin=lambda: None, working=lambda: None, end=lambda: None, busy=contextlib.nullcontext)
+ALONE = SimpleNamespace(begin=lambda: None, working=lambda: None, busy=contextlib.nullcontext)
 
 
 class World(NamedTuple):
@@ -1588,7 +1588,7 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         return fail(str(error), error.code, everywhere=error.code in (3, 4))
     except KeyboardInterrupt:
-        return fail("interrupted before the first step", 130)
+        return fail("interrupted", 130)
 
 
 if __name__ == "__main__":
