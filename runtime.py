@@ -1,5 +1,5 @@
 """
-What a run needs around its mathematics: errors as sentences, checkpoints, the watch over the other processes, log,
+What a run needs around its mathematics: errors as sentences, checkpoints, processes and the watch over them, log,
 clock and console. Knows nothing of the model.
 
     python runtime.py launch --nproc_per_node=4 train_gpt.py    torchrun, with one sentence in place of its report
@@ -21,10 +21,15 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent  # paths count from here
@@ -356,6 +361,82 @@ class Watch:
             time.sleep(60)  # judge is about to end this process
 
 
+DONE = SimpleNamespace(wait=lambda: None)  # the handle of a collective among one process
+ALONE = SimpleNamespace(begin=lambda: None, working=lambda: None, busy=contextlib.nullcontext)
+
+
+class World(NamedTuple):
+    """The processes of a run, and collectives that are no-ops when there is one; each gives a handle to wait on."""
+    rank: int
+    size: int
+    device: torch.device
+    watch: Watch | SimpleNamespace = ALONE
+
+    def reduce_scatter(self, full: Tensor):
+        """Sum over processes; each gets its share of the first dimension."""
+        if self.size == 1:
+            return full, DONE
+        self.watch.begin()
+        share = torch.empty_like(full[:full.size(0) // self.size])
+        call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
+        return share, call(share, full.contiguous(), async_op=True)
+
+    def all_reduce(self, full: Tensor):
+        self.watch.begin()
+        return full, DONE if self.size == 1 else dist.all_reduce(full, async_op=True)
+
+    def all_gather(self, full: Tensor):
+        """Every process's share of `full` to all, in place."""
+        if self.size == 1:
+            return DONE
+        self.watch.begin()
+        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return call(full, self.share(full), async_op=True)
+
+    def share(self, full: Tensor) -> Tensor:
+        rows = full.size(0) // self.size
+        return full[self.rank * rows:(self.rank + 1) * rows]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start_world(cfg) -> World:
+    """This process's place among the others. Raises UserError."""
+    given = {key: os.environ.get(key, default) for key, default in
+             (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
+    if not all(text.isdecimal() for text in given.values()) or int(given["WORLD_SIZE"]) < 1:
+        raise UserError(f"the environment has {given}: unset these, or start the run through ./run.sh")
+    rank, local_rank, size = map(int, given.values())
+    if cfg.slices % size or size & (size - 1):
+        raise UserError(f"{size} processes cannot share the {cfg.slices} slices of a step evenly: start 1, 2, 4 or 8, "
+                        "for example NPROC=4 ./run.sh; 16 take slices=16")
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if gpus and here > gpus:
+        raise UserError(f"{here} processes of this node need a GPU each, {gpus} found: start at most {gpus} processes "
+                        f"a node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
+    return World(rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+
+
+def connect(world: World) -> World:
+    """Joins the process group; after the checks of the input, so that a mistake costs no GPU time. The world returned
+    watches over the other processes."""
+    cuda = world.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(world.device)
+    if world.size == 1:
+        return world
+    store, *_ = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
+                            device_id=world.device if cuda else None,
+                            timeout=datetime.timedelta(minutes=30))  # ranks may compile at unlike speeds
+    watch = Watch(store, world.rank, world.size)
+    world.barrier()
+    watch.start()
+    return world._replace(watch=watch)
+
+
 def launch(argv: list[str]) -> int:
     """torchrun, whose report of a failed process becomes one sentence, or none where the process gave its own."""
     from torch.distributed import run
@@ -429,6 +510,13 @@ class Log:
             raise UserError(f"the log {os.path.relpath(self.path, ROOT)} could not be completed (disk full?): its "
                             "last lines are printed above; free some space")
         self.file.close()
+
+
+def new_log(cfg, world: World) -> Log:
+    if world.rank:
+        return Log(None)
+    folder = ROOT / cfg.log_dir / f"{datetime.date.today():%Y-%m-%d}_{cfg.name}"
+    return Log(folder / f"{uuid.uuid4()}.txt")
 
 
 def shell(*command: str) -> str:

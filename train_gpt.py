@@ -10,9 +10,7 @@ A step's tokens are eight fixed slices of the document stream, each one micro-ba
 trains on slices r, r + w, ... so 1, 2, 4 and 8 processes compute the same sum, in a different order.
 Importing this file starts nothing. Budget: 1,600 lines, functions of at most 60 lines (forward: 110).
 """
-import contextlib
 import dataclasses
-import datetime
 import difflib
 import functools
 import glob
@@ -24,12 +22,10 @@ import re
 import subprocess
 import sys
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,7 +42,8 @@ from runtime import (
     Log,
     Profile,
     UserError,
-    Watch,
+    World,
+    connect,
     device_sync,
     expected_memory,
     fail,
@@ -55,6 +52,7 @@ from runtime import (
     gpu_description,
     knob,
     leave,
+    new_log,
     option_fields,
     parse_arguments,
     peak_host_mib,
@@ -65,6 +63,7 @@ from runtime import (
     shell,
     speak_on_sigterm,
     start_reading,
+    start_world,
     told,
 )
 from triton_kernels import Kernels, documents
@@ -693,47 +692,6 @@ def adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Ten
     size = lr * (1 - beta2 ** count).sqrt() / (1 - beta1 ** count)
     update = size * m / (v.sqrt() + 1e-10)
     p.copy_(weight - update - decay * weight * (update * weight > 0))
-
-
-DONE = SimpleNamespace(wait=lambda: None)  # the handle of a collective among one process
-ALONE = SimpleNamespace(begin=lambda: None, working=lambda: None, busy=contextlib.nullcontext)
-
-
-class World(NamedTuple):
-    """The processes of a run, and collectives that are no-ops when there is one; each gives a handle to wait on."""
-    rank: int
-    size: int
-    device: torch.device
-    watch: Watch | SimpleNamespace = ALONE
-
-    def reduce_scatter(self, full: Tensor):
-        """Sum over processes; each gets its share of the first dimension."""
-        if self.size == 1:
-            return full, DONE
-        self.watch.begin()
-        share = torch.empty_like(full[:full.size(0) // self.size])
-        call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # the name before 2.13
-        return share, call(share, full.contiguous(), async_op=True)
-
-    def all_reduce(self, full: Tensor):
-        self.watch.begin()
-        return full, DONE if self.size == 1 else dist.all_reduce(full, async_op=True)
-
-    def all_gather(self, full: Tensor):
-        """Every process's share of `full` to all, in place."""
-        if self.size == 1:
-            return DONE
-        self.watch.begin()
-        call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return call(full, self.share(full), async_op=True)
-
-    def share(self, full: Tensor) -> Tensor:
-        rows = full.size(0) // self.size
-        return full[self.rank * rows:(self.rank + 1) * rows]
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
 
 def compiler(on: bool):
@@ -1491,48 +1449,6 @@ class Trial:
 
 
 # ==================== main ====================
-
-def start_world(cfg: Config) -> World:
-    """This process's place among the others. Raises UserError."""
-    given = {key: os.environ.get(key, default) for key, default in
-             (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
-    if not all(text.isdecimal() for text in given.values()) or int(given["WORLD_SIZE"]) < 1:
-        raise UserError(f"the environment has {given}: unset these, or start the run through ./run.sh")
-    rank, local_rank, size = map(int, given.values())
-    if cfg.slices % size or size & (size - 1):
-        raise UserError(f"{size} processes cannot share the {cfg.slices} slices of a step evenly: start 1, 2, 4 or 8, "
-                        "for example NPROC=4 ./run.sh; 16 take slices=16")
-    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    if gpus and here > gpus:
-        raise UserError(f"{here} processes of this node need a GPU each, {gpus} found: start at most {gpus} processes "
-                        f"a node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
-    return World(rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
-
-
-def connect(world: World) -> World:
-    """Joins the process group; after the checks of the input, so that a mistake costs no GPU time. The world returned
-    watches over the other processes."""
-    cuda = world.device.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(world.device)
-    if world.size == 1:
-        return world
-    store, *_ = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
-                            device_id=world.device if cuda else None,
-                            timeout=datetime.timedelta(minutes=30))  # ranks may compile at unlike speeds
-    watch = Watch(store, world.rank, world.size)
-    world.barrier()
-    watch.start()
-    return world._replace(watch=watch)
-
-
-def new_log(cfg: Config, world: World) -> Log:
-    if world.rank:
-        return Log(None)
-    folder = ROOT / cfg.log_dir / f"{datetime.date.today():%Y-%m-%d}_{cfg.name}"
-    return Log(folder / f"{uuid.uuid4()}.txt")
-
 
 def train(cfg: Config, world: World) -> None:
     clock = Clock(world.device)
