@@ -70,7 +70,12 @@ if [ "${1:-}" = test ]; then
         say "scipy is not installed here: the check of the records is left out"
     fi
     cpu_settings
-    exec "$PYTHON" -m pytest tests "$@"
+    if "$PYTHON" -c 'import xdist' >/dev/null 2>&1; then
+        set -- -n auto "$@"  # how many workers: tests/conftest.py; a later -n wins
+    else
+        say "pytest-xdist is not installed here: the tests run one after another"
+    fi
+    exec "$PYTHON" -m pytest -o testpaths=tests "$@"
 fi
 
 find_python requirements.txt

@@ -40,11 +40,52 @@ TINY_STAGES = (
 )
 
 
+# Where pytest-xdist runs the tests, these begin first, so that no worker is left with a long one at the end.
+LONG = ("test_kernels.py", "test_smoke.py", "test_resume.py", "test_parallel.py", "test_ladder.py", "test_faults.py",
+        "test_bad_input.py", "test_records_race.py", "test_use.py", "test_log.py")
+APART = ("test_kernels.py", "test_smoke.py", "kernels/")  # each test a unit of its own; they share nothing
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes a minute or more; runs with `./run.sh test -m slow`")
+    if workers := getattr(config.option, "numprocesses", None):  # they share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config) -> int:
+    """What `-n auto`, which run.sh gives, means: a worker a core, at most 4, or with a GPU 8 that have 10 GB of it
+    each; none, the tests in pytest's own process, where it was given single files or must not hide the output."""
+    named = config.option.file_or_dir
+    if config.option.capture == "no" or named and all(".py" in path for path in named):
+        return 0
+    if torch.cuda.is_available():
+        return max(1, min(cores(), 8, torch.cuda.mem_get_info()[0] // 10**10))
+    return min(cores(), 4)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file goes to one worker, which makes its fixtures once. Another --dist= than the default stays as it is."""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if any(part in file for part in APART) else file
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not config.option.markexpr and not torch.cuda.is_available():
         for item in items:
             if "slow" in item.keywords:
