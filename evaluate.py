@@ -5,6 +5,9 @@ What a trained model is worth: validation loss on any shards, HellaSwag, and its
     python evaluate.py ckpt=... val_files='my/shards/val_*.bin' val_tokens=1048576
     python evaluate.py ckpt=... hellaswag=10042                   and HellaSwag, of so many tasks
     python evaluate.py ckpt=... export=model.safetensors          writes the weights, evaluates nothing
+
+Paths of ckpt=, vocab= and tasks= count from the current folder if the file is there, else from the project's; that of
+val_files= from the project's, that of export= from the current one.
 """
 import dataclasses
 import json
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 
 from runtime import UserError, knob
-from sample import Model, last_view, most_tokens, need, open_model, open_tokenizer, start
+from sample import Model, find, last_view, most_tokens, need, open_model, open_tokenizer, start
 
 HELLASWAG = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")  # 10,042 tasks, arXiv 1905.07830
 PACK = 4096  # tokens of HellaSwag a forward pass
@@ -114,7 +117,7 @@ def main(options: Options) -> None:
                if getattr(options, key)}
     if options.hellaswag < 0:
         raise UserError(f"hellaswag={options.hellaswag} must not be negative")
-    tasks = read_tasks(Path(options.tasks) if options.tasks else fetch_tasks()) if options.hellaswag else []
+    tasks = read_tasks(find(options.tasks) if options.tasks else fetch_tasks()) if options.hellaswag else []
     module, trainer, saved = open_model(options, **changes)
     if options.export:
         return export(Path(options.export), trainer, saved)

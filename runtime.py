@@ -160,6 +160,8 @@ def read_checkpoint(path: Path, needs: dict[str, type]) -> dict:
         for name, kind in needs.items():
             if not isinstance(contents.get(name), kind):
                 raise ValueError(f"its {name} is a {type(contents.get(name)).__name__}, not a {kind.__name__}")
+            if name == "state" and not all(isinstance(entry, torch.Tensor) for entry in contents[name].values()):
+                raise ValueError("its state holds what is no tensor")
         return contents
     except FileNotFoundError:
         near = sorted(path.parent.glob("*.pt"), key=lambda p: p.stat().st_mtime)[-1:] if path.parent.is_dir() else []

@@ -4,10 +4,12 @@ Text from a trained model, on a GPU or a CPU.
     python sample.py ckpt=records/runs/.../..._step001555.pt prompt="The ship left the harbour"
 
 A run with save_every= leaves checkpoints beside its log. Each new token is one forward pass over the text so far.
+Paths of ckpt= and vocab= count from the current folder if the file is there, else from the project's.
 """
 import atexit
 import dataclasses
 import importlib
+import os
 import shutil
 import sys
 import tempfile
@@ -58,6 +60,11 @@ def open_trainer(sources: dict[str, str], source: str) -> ModuleType:
     return importlib.import_module("train_gpt")
 
 
+def find(path: str) -> Path:
+    """The file that an option names, from the current folder if it is there, else from the project's."""
+    return Path(path) if os.path.isfile(path) else ROOT / path
+
+
 def open_model(options: Model, **changes):
     """A trainer that does not learn, with a checkpoint's weights; its module and the checkpoint. changes: of its
     configuration. Raises UserError."""
@@ -69,8 +76,8 @@ def open_model(options: Model, **changes):
     if options.device not in ("auto", "cpu", *["cuda"] * cuda):
         raise UserError(f"device={options.device!r} is not here: take auto or cpu")
     device = torch.device("cuda" if cuda and options.device != "cpu" else "cpu")
-    saved = read_checkpoint(ROOT / options.ckpt, {"step": int, "config": dict, "state": dict, "sources": dict,
-                                                  "token_tables": str, "val_loss": float})
+    saved = read_checkpoint(find(options.ckpt), {"step": int, "config": dict, "state": dict, "sources": dict,
+                                                 "token_tables": str, "val_loss": float})
     module = open_trainer(saved["sources"], options.source)
     cfg = module.saved_config(saved["config"], **{"dtype": "auto", "fp8": "auto", "kernels": "auto", "compile": "off",
                                                   "resume": "", **changes})
@@ -89,9 +96,9 @@ def open_tokenizer(vocab: str, preset: str) -> tuple[Callable[[str], list[int]],
         back = {int(token): byte for byte, token in enumerate(ids)}
         return (lambda text: ids[list(text.encode())].tolist(),
                 lambda tokens: bytes(back.get(token, 63) for token in tokens).decode(errors="replace"))  # 63: "?"
-    if vocab and not Path(vocab).is_file():
+    if vocab and not os.path.isfile(find(vocab)):
         raise UserError(f"there is no file vocab={vocab}: give GPT-2's ranks, or leave vocab= out to fetch them")
-    bpe = gpt2_bpe(vocab or None)
+    bpe = gpt2_bpe(find(vocab) if vocab else None)
     return bpe.encode_ordinary, bpe.decode
 
 

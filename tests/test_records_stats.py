@@ -401,6 +401,12 @@ def test_records_and_logs_that_no_table_finds_are_named(root, run, monkeypatch):
         f"2026-12-01_Root {remedy}", f"smoke/{UUID.format(6)}.txt {remedy}"]
 
 
+def test_the_readme_says_which_files_a_record_folder_may_hold():
+    text = (Path(check.__file__).parent / "README.md").read_text()
+    sentence, = re.findall(r"A record folder holds[^;]*;", text)
+    assert re.findall(r"\((\.\w+)\)", sentence) == list(check.KINDS)
+
+
 def test_logs_of_others_are_checked_and_have_rows(root, run, monkeypatch):
     monkeypatch.setattr(table, "RECORDS", root)
     folder = root / "smoke" / "2026-01-03_Second"

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,6 +181,52 @@ def test_bad_input_gets_one_sentence(ckpt, options, fragments, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["sample.py", *(option.format(ckpt) for option in options)])
     code = sample.start(sample.main, sample.Options, sample.__doc__)
     refused(subprocess.CompletedProcess([], code, *capsys.readouterr()), *fragments)
+
+
+def test_a_state_that_holds_no_tensors_gets_one_sentence(ckpt, tmp_path):
+    contents = {k: v for k, v in read_checkpoint(ckpt, train_gpt.SAVED).items() if k != "format"}
+    for value in (3, "text", [1.0], {}, None):
+        write_checkpoint(tmp_path / "odd.pt", {**contents, "state": {**contents["state"], "head": value}})
+        with pytest.raises(UserError, match=r"odd\.pt cannot be used as a checkpoint \(its state holds what is no"):
+            sample.open_model(sample.Options(ckpt=f"{tmp_path}/odd.pt", device="cpu"))
+    refused(command("sample.py", f"ckpt={tmp_path}/odd.pt", "device=cpu"), "its state holds what is no tensor")
+
+
+def test_paths_count_from_the_current_folder_else_from_the_project_s(ckpt, tmp_path, monkeypatch, capsys):
+    here, project = tmp_path / "here", tmp_path / "project"
+    for folder, text in ((here, "here"), (project, "project")):
+        folder.mkdir()
+        (folder / "both").write_text(text)
+    (here / "mine").write_text("mine")
+    (project / "theirs").write_text("theirs")
+    (here / "folder").mkdir()
+    (project / "folder").write_text("a file")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sample, "ROOT", project)
+    for name, text in (("both", "here"), ("mine", "mine"), ("theirs", "theirs"), ("folder", "a file"),
+                       (f"{project}/both", "project"), ("../project/both", "project")):
+        assert sample.find(name).read_text() == text
+    assert sample.find("nothing") == project / "nothing" and sample.find("x" * 5000) == project / ("x" * 5000)
+
+    for folder in (here, project):  # each option, found in the one and then in the other
+        taken = []
+        monkeypatch.setattr(sample, "gpt2_bpe", lambda vocab, taken=taken: taken.append(vocab) or SimpleNamespace(
+            encode_ordinary=lambda text: [ord(letter) for letter in text], decode=str))
+        (folder / "a.pt").hardlink_to(ckpt)
+        (folder / "tasks.jsonl").write_text("\n".join(map(json.dumps, TASKS)))
+        (folder / "ranks").write_text("")
+        evaluate.main(evaluate.Options(ckpt="a.pt", vocab="ranks", tasks="tasks.jsonl", hellaswag=2, device="cpu"))
+        assert "of 2 tasks" in capsys.readouterr().out and [path.resolve() for path in taken] == [folder / "ranks"]
+        for name in ("a.pt", "tasks.jsonl", "ranks"):
+            (folder / name).unlink()
+
+
+@pytest.mark.parametrize("program, names", [("sample.py", ("ckpt=", "vocab=")),
+                                            ("evaluate.py", ("ckpt=", "vocab=", "tasks="))])
+def test_help_says_from_where_paths_count(program, names):
+    sentence = re.search(r"Paths of .* count from the current folder if the file is there, else from the project's",
+                         command(program, "help").stdout)[0]
+    assert all(name in sentence for name in names)
 
 
 def test_help_lists_the_options():
