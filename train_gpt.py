@@ -296,6 +296,9 @@ def check_config(cfg: Config) -> None:
     need(not cfg.profile or cfg.profile + 2 <= cfg.last_step,
          f"profile={cfg.profile} takes two steps from there, and the run has {cfg.last_step}: lower it")
     need(not cfg.resume or cfg.trials == 1, f"resume= goes on with one run, not trials={cfg.trials}: leave one out")
+    for i, layer in enumerate(cfg.shape.layers):
+        need({layer.window, layer.reads, layer.mixes, layer.skip_from} <= {"", "short", "long", None, *range(i)},
+             f"layer {i} has a window other than short and long or names a layer that is not before it: mend {layer}")
     for stage in cfg.stages:
         need(stage.tokens % cfg.slices == 0, f"a batch of {stage.tokens} tokens does not divide into slices="
              f"{cfg.slices} equal slices: take slices=8")

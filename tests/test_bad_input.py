@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_stream, run_trainer, tiny_config, write_shard
+from conftest import ROOT, TINY_SHAPE, random_stream, run_trainer, tiny_config, write_shard
 
 import runtime
 import train_gpt
@@ -146,6 +146,14 @@ def test_a_cooldown_outside_of_its_range_is_refused(refused, value):
                                                     ("smoke", 24, 1024), ("smoke", 1024, 1536)])
 def test_a_batch_that_does_not_divide_into_the_slices_is_refused(refused, preset, slices, tokens):
     refused([f"preset={preset}", f"slices={slices}"], f"batch of {tokens} tokens", f"slices={slices}", "take slices=8")
+
+
+@pytest.mark.parametrize("change", [{"window": "wide"}, {"reads": 1}, {"reads": 9}, {"mixes": 2}, {"skip_from": -1}])
+def test_a_layer_that_cannot_work_is_refused_with_its_row(change):
+    layers = list(TINY_SHAPE.layers)
+    layers[1] = layers[1]._replace(**change)
+    with pytest.raises(train_gpt.UserError, match="layer 1 has .* a layer that is not before it: mend Layer"):
+        tiny_config(Path("none"), shape=TINY_SHAPE._replace(layers=tuple(layers)))
 
 
 def test_slices_that_eight_processes_cannot_share_are_refused(refused):
