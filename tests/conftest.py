@@ -59,13 +59,12 @@ def cores() -> int:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int:
     """What `-n auto`, which run.sh gives, means: a worker a core, at most 4, or with a GPU 8 that have 10 GB of it
-    each; none, the tests in pytest's own process, where it was given single files or must not hide the output."""
+    each; 0, so the tests run in pytest's own process, where that is one, for single files and to show the output."""
     named = config.option.file_or_dir
     if config.option.capture == "no" or named and all(".py" in path for path in named):
         return 0
-    if torch.cuda.is_available():
-        return max(1, min(cores(), 8, torch.cuda.mem_get_info()[0] // 10**10))
-    return min(cores(), 4)
+    most = min(8, torch.cuda.mem_get_info()[0] // 10**10) if torch.cuda.is_available() else 4
+    return min(cores(), most) if min(cores(), most) > 1 else 0
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -38,7 +38,8 @@ def test_run_sh_gives_workers_where_xdist_is_and_the_user_s_arguments_last(tmp_p
 def test_single_files_and_shown_output_need_no_workers(files, capture, several):
     config = SimpleNamespace(option=SimpleNamespace(file_or_dir=files, capture=capture))
     workers = pytest_xdist_auto_num_workers(config)
-    assert 1 <= workers <= min(cores(), 8) if several else workers == 0
+    assert workers == 0 or several and 2 <= workers <= min(cores(), 8)
+    assert workers or not several or cores() == 1 or torch.cuda.is_available()
     assert torch.cuda.is_available() or workers <= 4
 
 
