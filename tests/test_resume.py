@@ -22,10 +22,11 @@ from runtime import UserError, read_checkpoint, write_checkpoint
 DRIVER = """
 import sys
 from pathlib import Path
+import runtime
 import train_gpt
 from conftest import tiny_config
 train_gpt.speak_on_sigterm()
-train_gpt.Watch.PATIENCE = train_gpt.Watch.STUCK = 6  # seconds, for a shorter test
+runtime.Watch.PATIENCE = runtime.Watch.STUCK = 6  # seconds, for a shorter test
 options = dict(option.split("=", 1) for option in sys.argv[2:])
 options = {key: int(value) if value.isdecimal() else value for key, value in options.items()}
 cfg = tiny_config(Path(sys.argv[1]), **options)
