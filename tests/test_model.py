@@ -148,6 +148,45 @@ def model_and_inputs(device="cpu", dtype=torch.float64, total=48, layers=TINY_SH
     return model, tokens.to(device), table.to(device), rotary
 
 
+def test_a_sample_of_the_vocabulary_holds_all_targets_and_prefixes_and_in_time_every_token():
+    draw, seen = torch.Generator().manual_seed(0), torch.zeros(500, dtype=torch.bool)
+    for _ in range(100):
+        targets = torch.randint(0, 500, (40,), generator=draw, dtype=torch.int32)
+        prefix = torch.where(targets % 3 > 0, targets // 3, -1)
+        sample = train_gpt.sample_vocabulary(targets, prefix, 500, 90)
+        assert len(sample) == 90 and (sample.diff() > 0).all()  # 80 at most are wanted
+        assert torch.isin(targets, sample).all() and torch.isin(prefix[prefix >= 0], sample).all()
+        seen[sample] = True
+    assert seen.all()
+
+
+def test_the_loss_over_a_sample_is_the_softmax_over_its_tokens_alone():
+    model, tokens, table, rotary = model_and_inputs()
+    view, weights = VIEW._replace(prefix=True), torch.tensor([1.0, 0.5, 0.25])
+    inputs = (model, tokens, table, 48, *rotary)
+
+    def loss_and_gradients(sample):
+        model.zero_grad()
+        loss = train_gpt.slice_loss(*inputs, view._replace(sample=sample), weights, False)
+        loss.backward()
+        return loss.detach(), model.head.grad, model.vo_bank.grad
+
+    for ours, all_tokens in zip(loss_and_gradients(TINY_SHAPE.vocab), loss_and_gradients(0), strict=True):
+        assert relative_error(ours, all_tokens) < 1e-12
+    loss, head, _ = loss_and_gradients(200)
+    prefix = model.prefixes[tokens[1:]]
+    sample = train_gpt.sample_vocabulary(tokens[1:], prefix, TINY_SHAPE.vocab, 200)
+    z = train_gpt.capped_logits(model(tokens[:-1], *inputs[2:], view), model.head)[:, sample]
+    targets, prefix = ((column[:, None] == sample).int().argmax(1).masked_fill(column < 0, -1)
+                       for column in (tokens[1:], prefix))
+    terms = ((1.0, z, targets), (0.5, z[:-1], targets[1:]), (0.25, z, prefix))
+    expected = sum(w * F.cross_entropy(rows, to, reduction="sum", ignore_index=-1) for w, rows, to in terms)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    outside = torch.ones(TINY_SHAPE.vocab, dtype=torch.bool)
+    outside[sample] = outside[tokens[:-1].long()] = False  # the head also embeds the tokens
+    assert not head[outside].any() and head[sample].abs().sum(1).all()
+
+
 def test_every_parameter_receives_a_gradient():
     model, tokens, table, rotary = model_and_inputs()
     train_gpt.slice_loss(model, tokens, table, 48, *rotary, VIEW, torch.ones(2), False).backward()

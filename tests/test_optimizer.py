@@ -147,12 +147,12 @@ def test_each_matrix_of_a_bank_has_its_rate(shards):
     model, optimizer = optimizer_with_grads(shards, 0)
     model.mlp_bank.data.zero_()
     model.mlp_bank.grad[1] = model.mlp_bank.grad[0]
-    model.attn_bank.grad[12:] = 0
-    model.attn_bank.data[12:] = 0
+    model.vo_bank.grad[6:] = 0
+    model.vo_bank.data[6:] = 0
     optimizer.step(0)
     up, down = model.mlp_bank.data[:2].norm(dim=(1, 2))
     assert down / up == pytest.approx(2, rel=1e-5)
-    assert model.attn_bank.data[12:].abs().max() == 0
+    assert model.vo_bank.data[6:].abs().max() == 0
 
 
 def test_each_of_8_processes_has_the_rates_of_its_own_matrices():
