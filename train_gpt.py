@@ -196,6 +196,7 @@ SMALL_PARAMS = {  # layers: L all, A attend, E embed values, N mix; H heads, G c
     "final_out": Param("adam", (.25,), 1.0, (.9, .99)),       # (S groups, M)
 }
 GATE_CHANNELS = 12  # record #28
+SUMMED = ("value_embeds", "bigram_embed")  # tables of which a slice reads few rows: see LookUp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,18 +384,38 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+class LookUp(torch.autograd.Function):
+    """table[rows], whose gradient backward adds to `sums` at once, in those rows alone: else each slice fills, reads
+    and writes tables of 1 GB. sums: like the table, at least float32; the table itself gets no .grad."""
+
+    @staticmethod
+    def forward(ctx, table, rows, sums):
+        ctx.save_for_backward(rows, sums)
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        rows, sums = ctx.saved_tensors
+        sums.index_add_(0, rows.flatten(), upstream.flatten(0, -2).to(sums.dtype))
+        return None, None, None
+
+
+def look_up(rows: Tensor, table: Tensor, sums: Tensor | None) -> Tensor:
+    return F.embedding(rows, table) if sums is None else LookUp.apply(table, rows, sums)
+
+
 def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     """(T,) int32 token ids to rows of the bigram table; the first token has the last row (record #62)."""
     hashed = torch.bitwise_xor(tokens[1:] * 36313, tokens[:-1] * 27191) % (rows - 1)  # below 2^31 for GPT-2's ids
     return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
 
 
-def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor) -> Tensor:
+def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor, sums: Tensor | None = None) -> Tensor:
     """(T,) tokens to (T, D): the hashed row, each channel's sign by another hash, so that bigrams which share a row
     disturb one another less (record #83). signs: (a power of two, D), 1 or -1."""
     before = F.pad(tokens[:-1], (1, 0))
     hashed = torch.bitwise_and(torch.bitwise_xor(before * 30011, tokens * 48271), len(signs) - 1)  # wraps in int32
-    return F.embedding(bigram_hash(tokens, len(table)), table) * F.embedding(hashed, signs)
+    return look_up(bigram_hash(tokens, len(table)), table, sums) * F.embedding(hashed, signs)
 
 
 def mix(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -518,8 +539,8 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
 class GPT(nn.Module):
     """Parameters by name; every matrix of a kind in one bank, so that an optimizer step is a few large operations.
 
-    qk_bank: (A H padded, 2 head_dim, D), of each attention layer the heads of Q, then of K, two by two, as NorMuon takes
-    them (record #80); vo_bank: (2A padded, D, D), V and O; mlp_bank: (2L padded, F, D), up and down, the latter
+    qk_bank: (A H padded, 2 head_dim, D), of each attention layer the heads of Q, then of K, in the pairs that NorMuon
+    takes (record #80); vo_bank: (2A padded, D, D), V and O; mlp_bank: (2L padded, F, D), up and down, the latter
     transposed. Matrices and tables have `dtype`; the packed small parameters are at least float32."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, kernels: Kernels, tables: tuple[Tensor, Tensor],
@@ -543,6 +564,8 @@ class GPT(nn.Module):
         self.register_buffer("signs", signs.to(dtype))
         self.register_buffer("prefixes", tables[0])
         self.register_buffer("kinds", tables[1])
+        for name in SUMMED:
+            self.register_buffer(f"{name}_sums", None, persistent=False)  # the optimizer's
         small = sum(math.prod(size) for size in self.small_shapes.values())
         self.small = nn.Parameter(torch.empty(small, dtype=torch.promote_types(dtype, torch.float32)))
 
@@ -591,10 +614,10 @@ class GPT(nn.Module):
         x = F.embedding(tokens, self.head)
         x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"])[:, None] * x[:-1]))
         x = x0 = rms_norm(x)
-        bigram = bigram_vectors(self.kinds[tokens], self.bigram_embed, self.signs)
+        bigram = bigram_vectors(self.kinds[tokens], self.bigram_embed, self.signs, self.bigram_embed_sums)
         x = x + bigram_lambdas[0] * bigram
         tables = torch.arange(len(shape.value_layers), device=tokens.device, dtype=tokens.dtype) * shape.vocab
-        embedded = F.embedding(tables[:, None] + tokens, self.value_embeds).unbind()
+        embedded = look_up(tables[:, None] + tokens, self.value_embeds, self.value_embeds_sums).unbind()
         values = zip(embedded, small["value_gates"].unbind(), strict=True)
 
         where = documents(cu_seqlens, max_doc, len(tokens))
@@ -740,6 +763,10 @@ class Optimizer:
         self.small_rows = {  # a rate, a decay and two betas for each element of the packed small parameters
             key: torch.tensor(column).repeat_interleave(counts).to(world.device, model.small.dtype)
             for key, column in zip(("lr_mul", "wd_mul", "beta1", "beta2"), columns, strict=True)}
+        self.sums = {name: named[name].data.to(torch.promote_types(named[name].dtype, torch.float32), copy=True).zero_()
+                     for name in SUMMED}
+        for name, sums in self.sums.items():
+            setattr(model, f"{name}_sums", sums)
         self.normuon_step, self.adam_step = compiler(compiled)(normuon_step), compiler(compiled)(adam_step)
 
     def own(self, name: str) -> Tensor:
@@ -773,6 +800,13 @@ class Optimizer:
             tensor.zero_()
         for p in self.params.values():
             p.grad = None
+        for sums in self.sums.values():
+            sums.zero_()
+
+    def gradient(self, name: str) -> Tensor | None:
+        """What has gathered; sums go to other processes in the table's dtype."""
+        p, sums = self.params[name], self.sums.get(name)
+        return p.grad if sums is None else sums if self.world.size == 1 else sums.to(p.dtype)
 
     def is_share(self, name: str) -> bool:
         """Whether a tensor of this process's state is its share of a larger one."""
@@ -786,16 +820,18 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Reduce, update and gather every parameter that is due; Adam's are due on odd steps and have gathered the
         gradients of two (record #39)."""
-        due = [name for name, p in self.params.items() if p.grad is not None
+        due = [name for name, p in self.params.items() if (p.grad is not None or name in self.sums)
                and (PARAMS[name].algorithm == "normuon" or step % 2 == 1)]
         reduced = {name: (self.world.all_reduce if name == "small" else self.world.reduce_scatter)
-                   (self.params[name].grad) for name in due}
+                   (self.gradient(name)) for name in due}
         gathers = []
         for name in due:
             grad, work = reduced.pop(name)
             work.wait()
             self.update(name, grad, step)
             self.params[name].grad = None
+            if name in self.sums:
+                self.sums[name].zero_()
             if name != "small":  # whole on every process
                 gathers.append(self.world.all_gather(self.params[name].data))
         for work in gathers:
@@ -1154,7 +1190,8 @@ class Trainer:
     def describe(self, plan: Plan) -> list[str]:
         """Batch arithmetic and what this machine switches, for the console and the log."""
         cfg, share, ends = self.cfg, self.cfg.slices // self.world.size, stage_ends(self.cfg)
-        dtype, held = str(self.dtype).removeprefix("torch."), [*self.model.parameters(), *self.state().values()]
+        dtype = str(self.dtype).removeprefix("torch.")
+        held = [*self.model.parameters(), *self.state().values(), *self.optimizer.sums.values()]
         rows = [f"stage {i}: steps {start}-{min(end, cfg.last_step) - 1}, {stage.tokens:,} tokens a step = "
                 f"{self.world.size} process(es) x {share} slice(s) x {stage.tokens // cfg.slices:,} tokens, documents "
                 f"cut at {stage.max_doc}, windows {stage.short}/{stage.long}"

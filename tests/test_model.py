@@ -187,6 +187,23 @@ def test_the_loss_over_a_sample_is_the_softmax_over_its_tokens_alone():
     assert not head[outside].any() and head[sample].abs().sum(1).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_gradients_of_looked_up_rows_are_summed_in_place_beyond_bfloat16(device):
+    torch.manual_seed(0)
+    table = torch.randn(50, 4, device=device, dtype=torch.bfloat16, requires_grad=True)
+    sums, exact = torch.zeros(50, 4, device=device), torch.zeros(50, 4, dtype=torch.float64, device=device)
+    for _ in range(3):  # slices
+        rows = torch.randint(0, 40, (2, 5000), device=device, dtype=torch.int32)
+        rows[0, :4000] = 7  # a frequent token
+        upstream = torch.rand(2, 5000, 4, device=device).bfloat16()
+        looked_up = train_gpt.LookUp.apply(table, rows, sums)
+        assert torch.equal(looked_up, table[rows.long()])
+        looked_up.backward(upstream)
+        exact.index_add_(0, rows.flatten().long(), upstream.flatten(0, 1).double())
+    assert table.grad is None and not sums[40:].any()
+    assert relative_error(sums, exact) < 1e-5
+
+
 def test_every_parameter_receives_a_gradient():
     model, tokens, table, rotary = model_and_inputs()
     train_gpt.slice_loss(model, tokens, table, 48, *rotary, VIEW, torch.ones(2), False).backward()
@@ -230,6 +247,23 @@ def test_initial_weights_depend_on_the_seed_alone():
     other.init_weights(4)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.head, other.head)
+
+
+def test_a_trainer_sums_the_tables_gradients_that_autograd_would_give(shards):
+    cfg = tiny_config(shards, dtype="float64")
+    trainer = train_gpt.Trainer(cfg, train_gpt.World(0, 1, torch.device("cpu")))
+    trainer.reset(0)
+    model, tokens, table, rotary = model_and_inputs()
+    model.load_state_dict(trainer.model.state_dict())
+    inputs = (tokens, table, 48, *rotary, VIEW, torch.ones(2), False)
+    for each in (model, trainer.model, model, trainer.model):
+        train_gpt.slice_loss(each, *inputs).backward()
+    assert set(trainer.optimizer.sums) == set(train_gpt.SUMMED)
+    for name in train_gpt.SUMMED:
+        assert relative_error(trainer.optimizer.sums[name], getattr(model, name).grad) < 1e-12
+        assert getattr(trainer.model, name).grad is None
+    trainer.reset(0)
+    assert not any(sums.any() for sums in trainer.optimizer.sums.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
