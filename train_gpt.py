@@ -122,6 +122,7 @@ class Stage(NamedTuple):
     lr: float                     # learning rate multiplier before the cooldown
     mtp: tuple[tuple[float, ...], tuple[float, ...]]  # multi-token weights at the stage's start and end
     prefix: tuple[float, float] = (0, 0)  # the same of the next token's longest prefix that is a token (record #88)
+    sample: int = 0               # tokens of the vocabulary that a slice's softmax is over; 0: all (record #92)
 
 
 class Param(NamedTuple):
@@ -147,9 +148,9 @@ GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=377
     Layer("long", key_offset=True, value_embed=True, reads=7, mixes=7),
 ))
 GPT2_STAGES = (
-    Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0)), (.25, .25)),
-    Stage(2 / 3, 262_144, 2048, 384, 896, 1.52, ((1, .5), (1, 0)), (.25, 0)),
-    Stage(1, 393_216, 2048, 640, 1408, 1.73, ((1,), (1,))),
+    Stage(1 / 3, 131_072, 896, 128, 384, 1.0, ((1, .5, .25), (1, .5, 0)), (.25, .25), 10_240),
+    Stage(2 / 3, 262_144, 2048, 384, 896, 1.52, ((1, .5), (1, 0)), (.25, 0), 12_288),
+    Stage(.92, 393_216, 2048, 640, 1408, 1.73, ((1,), (1,)), (0, 0), 16_384),
     Stage(2, 393_216, 2048, 768, 1664, 1.73, ((1,), (1,))),
 )
 SMOKE_SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=512, bigram_rows=8192, mix_groups=2, layers=(
@@ -168,7 +169,8 @@ SMOKE_STAGES = (
 # Table order is the order in which gradients are reduced, parameters updated and gathered: each update runs while the
 # reductions of the rows below it are under way. Multipliers: record #64.
 PARAMS = {
-    "attn_bank": Param("normuon", (1.0,), 1.0),
+    "qk_bank": Param("normuon", (1.0,), 1.0),
+    "vo_bank": Param("normuon", (1.0,), 1.0),
     "mlp_bank": Param("normuon", (1.0, 2.0), 1.0),  # up, down
     "value_embeds": Param("adam", (75.0,), 5.0, (.75, .95)),
     "bigram_embed": Param("adam", (75.0,), 5.0, (.75, .95)),
@@ -194,6 +196,7 @@ SMALL_PARAMS = {  # layers: L all, A attend, E embed values, N mix; H heads, G c
     "final_out": Param("adam", (.25,), 1.0, (.9, .99)),       # (S groups, M)
 }
 GATE_CHANNELS = 12  # record #28
+SUMMED = ("value_embeds", "bigram_embed")  # tables of which a slice reads few rows: see LookUp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +315,7 @@ def check_config(cfg: Config) -> None:
 def stage_ends(cfg: Config) -> list[int]:
     """Step at which each stage ends. Ends within the schedule are even, so that a stage starts on a step without
     Adam and finds no gradient half accumulated."""
-    return [2 * round(stage.end * cfg.steps / 2) for stage in cfg.stages[:-2]] + [cfg.steps, cfg.total_steps]
+    return [2 * round(stage.end * cfg.steps / 2) for stage in cfg.stages[:-1]] + [cfg.total_steps]
 
 
 def stage_at(cfg: Config, step: int) -> int:
@@ -347,6 +350,7 @@ class View(NamedTuple):
     long: int
     scale: float    # attention softmax scale
     prefix: bool = False  # the loss has a term of the next token's prefix
+    sample: int = 0       # tokens that the softmax of the loss is over; 0: all
 
 
 def yarn(cfg: Config, stage: int) -> tuple[np.ndarray, float]:
@@ -367,7 +371,7 @@ def yarn(cfg: Config, stage: int) -> tuple[np.ndarray, float]:
 
 def stage_view(cfg: Config, stage: int, final: bool = False) -> View:
     row = cfg.stages[stage]
-    return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1], any(row.prefix))
+    return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1], any(row.prefix), row.sample)
 
 
 def rotary_tables(cfg: Config, stage: int, length: int, device, dtype) -> tuple[Tensor, Tensor]:
@@ -383,18 +387,38 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
+class LookUp(torch.autograd.Function):
+    """table[rows], whose gradient backward adds to `sums` at once, in those rows alone: else each slice fills, reads
+    and writes tables of 1 GB. sums: like the table, at least float32; the table itself gets no .grad."""
+
+    @staticmethod
+    def forward(ctx, table, rows, sums):
+        ctx.save_for_backward(rows, sums)
+        return F.embedding(rows, table)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        rows, sums = ctx.saved_tensors
+        sums.index_add_(0, rows.flatten(), upstream.flatten(0, -2).to(sums.dtype))
+        return None, None, None
+
+
+def look_up(rows: Tensor, table: Tensor, sums: Tensor | None) -> Tensor:
+    return F.embedding(rows, table) if sums is None else LookUp.apply(table, rows, sums)
+
+
 def bigram_hash(tokens: Tensor, rows: int) -> Tensor:
     """(T,) int32 token ids to rows of the bigram table; the first token has the last row (record #62)."""
     hashed = torch.bitwise_xor(tokens[1:] * 36313, tokens[:-1] * 27191) % (rows - 1)  # below 2^31 for GPT-2's ids
     return torch.cat((torch.full_like(tokens[:1], rows - 1), hashed))
 
 
-def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor) -> Tensor:
+def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor, sums: Tensor | None = None) -> Tensor:
     """(T,) tokens to (T, D): the hashed row, each channel's sign by another hash, so that bigrams which share a row
     disturb one another less (record #83). signs: (a power of two, D), 1 or -1."""
     before = F.pad(tokens[:-1], (1, 0))
     hashed = torch.bitwise_and(torch.bitwise_xor(before * 30011, tokens * 48271), len(signs) - 1)  # wraps in int32
-    return F.embedding(bigram_hash(tokens, len(table)), table) * F.embedding(hashed, signs)
+    return look_up(bigram_hash(tokens, len(table)), table, sums) * F.embedding(hashed, signs)
 
 
 def mix(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
@@ -466,6 +490,17 @@ class HeadLoss(torch.autograd.Function):
         return dx, dw, None, None, None, None, None
 
 
+def sample_vocabulary(targets: Tensor, prefix: Tensor | None, vocab: int, size: int) -> Tensor:
+    """(size,) int64, distinct tokens, ascending: the targets and prefixes (-1: none), as far as there is room, and as
+    many others as there is room for, spread evenly and by another start for each slice. The softmax over them is not
+    corrected for the others (record #92)."""
+    known = torch.zeros(vocab, dtype=torch.int64, device=targets.device)
+    for wanted in (targets, targets if prefix is None else prefix.where(prefix >= 0, targets)):
+        known = known.index_fill(0, wanted.long(), vocab)
+    order = (torch.arange(vocab, device=targets.device) * 20011 + targets.sum()) % vocab  # a permutation
+    return (known + order).topk(size, sorted=False).indices.sort().values
+
+
 def token_losses(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     """Next-token cross entropy of each row under the softcap, float32 (T,): what validation reports."""
     return F.cross_entropy(capped_logits(x, w), targets.long(), reduction="none")
@@ -507,18 +542,21 @@ def gate(x: Tensor, weight: Tensor) -> Tensor:
 class GPT(nn.Module):
     """Parameters by name; every matrix of a kind in one bank, so that an optimizer step is a few large operations.
 
-    attn_bank: (4A padded, D, D), rows Q K V O of each attention layer; mlp_bank: (2L padded, F, D), up and down, the
-    latter transposed. Matrices and tables have `dtype`; the packed small parameters are at least float32."""
+    qk_bank: (A H padded, 2 head_dim, D), of each attention layer the heads of Q, then of K, in the pairs that NorMuon
+    takes (record #80); vo_bank: (2A padded, D, D), V and O; mlp_bank: (2L padded, F, D), up and down, the latter
+    transposed. Matrices and tables have `dtype`; the packed small parameters are at least float32."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, kernels: Kernels, tables: tuple[Tensor, Tensor],
                  processes: int = 8):
         super().__init__()
         self.shape, self.kernels = shape, kernels
         self.small_shapes = small_shapes(shape)
+        self.banks = {  # matrices, rows of each
+            "qk_bank": (len(shape.attn_layers) * shape.heads, 2 * shape.head_dim),
+            "vo_bank": (2 * len(shape.attn_layers), shape.dim), "mlp_bank": (2 * len(shape.layers), shape.mlp_dim)}
         share = max(8, processes)
         sizes = {  # banks are padded so that the processes hold equal shares
-            "attn_bank": (-(-4 * len(shape.attn_layers) // share) * share, shape.dim, shape.dim),
-            "mlp_bank": (-(-2 * len(shape.layers) // share) * share, shape.mlp_dim, shape.dim),
+            **{name: (-(-count // share) * share, rows, shape.dim) for name, (count, rows) in self.banks.items()},
             "value_embeds": (len(shape.value_layers) * shape.vocab, shape.dim),
             "bigram_embed": (shape.bigram_rows, shape.dim),
             "head": (shape.vocab, shape.dim),
@@ -529,6 +567,8 @@ class GPT(nn.Module):
         self.register_buffer("signs", signs.to(dtype))
         self.register_buffer("prefixes", tables[0])
         self.register_buffer("kinds", tables[1])
+        for name in SUMMED:
+            self.register_buffer(f"{name}_sums", None, persistent=False)  # the optimizer's
         small = sum(math.prod(size) for size in self.small_shapes.values())
         self.small = nn.Parameter(torch.empty(small, dtype=torch.promote_types(dtype, torch.float32)))
 
@@ -544,9 +584,10 @@ class GPT(nn.Module):
 
         for parameter in self.parameters():
             parameter.zero_()
-        attn, mlp = (-(-rows // 8) * 8 for rows in (4 * len(self.shape.attn_layers), 2 * len(self.shape.layers)))
-        for bank in (self.attn_bank[:attn], self.mlp_bank[:mlp:2]):  # the way down starts at zero
-            fill(bank, bound=0.5 * (3 / self.shape.dim) ** 0.5)  # standard deviation 0.5 / sqrt(dim)
+        for name, (count, _) in self.banks.items():
+            bank = getattr(self, name)[:count]
+            fill(bank[::2] if name == "mlp_bank" else bank,  # the way down starts at zero
+                 bound=0.5 * (3 / self.shape.dim) ** 0.5)  # standard deviation 0.5 / sqrt(dim)
         fill(self.head, deviation=0.005)
         for table in self.value_embeds.split(self.shape.vocab):
             fill(table, deviation=0.01)
@@ -567,8 +608,8 @@ class GPT(nn.Module):
         shape = self.shape
         small = unpack(self.small, self.small_shapes)
         resid, x0_lambdas, bigram_lambdas = (small[f"{name}_lambdas"].unbind() for name in ("resid", "x0", "bigram"))
-        attn_rows = zip(self.attn_bank.split(4), small["attn_lambdas"].unbind(), small["attn_gates"].unbind(),
-                        strict=False)  # the bank's last rows may be padding
+        attn_rows = zip(self.qk_bank.split(shape.heads), self.vo_bank.split(2), small["attn_lambdas"].unbind(),
+                        small["attn_gates"].unbind(), strict=False)  # the banks' last rows may be padding
         mlp_rows = self.mlp_bank.unbind()
         networks = zip(small["mix_in"].unbind(), small["mix_out"].unbind(), strict=True)
         mixers = zip(small["layer_mix_in"].unbind(), small["layer_mix_out"].unbind(), strict=True)
@@ -576,10 +617,10 @@ class GPT(nn.Module):
         x = F.embedding(tokens, self.head)
         x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"])[:, None] * x[:-1]))
         x = x0 = rms_norm(x)
-        bigram = bigram_vectors(self.kinds[tokens], self.bigram_embed, self.signs)
+        bigram = bigram_vectors(self.kinds[tokens], self.bigram_embed, self.signs, self.bigram_embed_sums)
         x = x + bigram_lambdas[0] * bigram
         tables = torch.arange(len(shape.value_layers), device=tokens.device, dtype=tokens.dtype) * shape.vocab
-        embedded = F.embedding(tables[:, None] + tokens, self.value_embeds).unbind()
+        embedded = look_up(tables[:, None] + tokens, self.value_embeds, self.value_embeds_sums).unbind()
         values = zip(embedded, small["value_gates"].unbind(), strict=True)
 
         where = documents(cu_seqlens, max_doc, len(tokens))
@@ -608,14 +649,14 @@ class GPT(nn.Module):
                                                                     ).view(len(x), len(sources), shape.mix_groups)
         return rms_norm(x + weigh(amounts, sources))
 
-    def attend(self, x: Tensor, layer: Layer, rows: tuple[Tensor, Tensor, Tensor], value: tuple[Tensor, Tensor] | None,
+    def attend(self, x: Tensor, layer: Layer, rows: tuple[Tensor, ...], value: tuple[Tensor, Tensor] | None,
                extra: Tensor | None, excluded: Tensor, where: triton_kernels.Documents, cos: Tensor, sin: Tensor,
                view: View) -> Tensor:
         """Self-attention of normed inputs x (T, dim) by one layer's row of the table; out: (T, dim). extra: (T, dim),
         added to V; excluded: (T, H)."""
         heads, head_dim = self.shape.heads, self.shape.head_dim
-        matrices, (qkv_scale, out_scale), gate_weight = rows
-        w_qkv, w_out = matrices.flatten(0, 1).split((3 * self.shape.dim, self.shape.dim))
+        w_qk, (w_v, w_out), (qkv_scale, out_scale), gate_weight = rows
+        w_qkv = torch.cat((w_qk.flatten(0, 1), w_v))
         embedded, value_gate = (value[0], 2 * gate(x, value[1])) if value is not None else (None, None)
         if extra is not None:
             embedded = extra if embedded is None else extra + weigh(value_gate[:, None], (embedded,))
@@ -635,9 +676,14 @@ class GPT(nn.Module):
 def slice_loss(model: GPT, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View,
                weights: Tensor, fp8: bool) -> Tensor:
     """Training loss of one slice, summed over its tokens. tokens: (T + 1,) int32; weights: (K,) float32."""
-    x = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view)
-    prefix = model.prefixes[tokens[1:]] if view.prefix else None
-    return HeadLoss.apply(x, model.head, tokens[1:], weights, prefix, fp8, model.kernels)
+    x, w, targets = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view), model.head, tokens[1:]
+    prefix = model.prefixes[targets] if view.prefix else None
+    if view.sample:
+        candidates = sample_vocabulary(targets, prefix, len(w), view.sample)
+        targets, prefix = (None if t is None else triton_kernels.candidate_positions(t, candidates, len(w))
+                           for t in (targets, prefix))
+        w = F.embedding(candidates, w)
+    return HeadLoss.apply(x, w, targets, weights, prefix, fp8, model.kernels)
 
 
 # ==================== Optimizer ====================
@@ -720,6 +766,10 @@ class Optimizer:
         self.small_rows = {  # a rate, a decay and two betas for each element of the packed small parameters
             key: torch.tensor(column).repeat_interleave(counts).to(world.device, model.small.dtype)
             for key, column in zip(("lr_mul", "wd_mul", "beta1", "beta2"), columns, strict=True)}
+        self.sums = {name: named[name].data.to(torch.promote_types(named[name].dtype, torch.float32), copy=True).zero_()
+                     for name in SUMMED}
+        for name, sums in self.sums.items():
+            setattr(model, f"{name}_sums", sums)
         self.normuon_step, self.adam_step = compiler(compiled)(normuon_step), compiler(compiled)(adam_step)
 
     def own(self, name: str) -> Tensor:
@@ -753,6 +803,13 @@ class Optimizer:
             tensor.zero_()
         for p in self.params.values():
             p.grad = None
+        for sums in self.sums.values():
+            sums.zero_()
+
+    def gradient(self, name: str) -> Tensor | None:
+        """What has gathered; sums go to other processes in the table's dtype."""
+        p, sums = self.params[name], self.sums.get(name)
+        return p.grad if sums is None else sums if self.world.size == 1 else sums.to(p.dtype)
 
     def is_share(self, name: str) -> bool:
         """Whether a tensor of this process's state is its share of a larger one."""
@@ -766,16 +823,18 @@ class Optimizer:
     def step(self, step: int) -> None:
         """Reduce, update and gather every parameter that is due; Adam's are due on odd steps and have gathered the
         gradients of two (record #39)."""
-        due = [name for name, p in self.params.items() if p.grad is not None
+        due = [name for name, p in self.params.items() if (p.grad is not None or name in self.sums)
                and (PARAMS[name].algorithm == "normuon" or step % 2 == 1)]
         reduced = {name: (self.world.all_reduce if name == "small" else self.world.reduce_scatter)
-                   (self.params[name].grad) for name in due}
+                   (self.gradient(name)) for name in due}
         gathers = []
         for name in due:
             grad, work = reduced.pop(name)
             work.wait()
             self.update(name, grad, step)
             self.params[name].grad = None
+            if name in self.sums:
+                self.sums[name].zero_()
             if name != "small":  # whole on every process
                 gathers.append(self.world.all_gather(self.params[name].data))
         for work in gathers:
@@ -1134,7 +1193,8 @@ class Trainer:
     def describe(self, plan: Plan) -> list[str]:
         """Batch arithmetic and what this machine switches, for the console and the log."""
         cfg, share, ends = self.cfg, self.cfg.slices // self.world.size, stage_ends(self.cfg)
-        dtype, held = str(self.dtype).removeprefix("torch."), [*self.model.parameters(), *self.state().values()]
+        dtype = str(self.dtype).removeprefix("torch.")
+        held = [*self.model.parameters(), *self.state().values(), *self.optimizer.sums.values()]
         rows = [f"stage {i}: steps {start}-{min(end, cfg.last_step) - 1}, {stage.tokens:,} tokens a step = "
                 f"{self.world.size} process(es) x {share} slice(s) x {stage.tokens // cfg.slices:,} tokens, documents "
                 f"cut at {stage.max_doc}, windows {stage.short}/{stage.long}"

@@ -33,7 +33,7 @@ def tables(vocab):
 
 
 TINY_STAGES = (
-    train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0)), prefix=(.25, .1)),
+    train_gpt.Stage(1 / 3, 8 * 16, 12, 4, 8, 1.0, ((1, .5), (1, 0)), prefix=(.25, .1), sample=64),
     train_gpt.Stage(2 / 3, 8 * 24, 20, 6, 12, 1.2, ((1,), (1,))),
     train_gpt.Stage(1, 8 * 32, 32, 8, 16, 1.4, ((1,), (1,))),
     train_gpt.Stage(2, 8 * 32, 32, 10, 20, 1.4, ((1,), (1,))),

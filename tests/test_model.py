@@ -148,6 +148,62 @@ def model_and_inputs(device="cpu", dtype=torch.float64, total=48, layers=TINY_SH
     return model, tokens.to(device), table.to(device), rotary
 
 
+def test_a_sample_of_the_vocabulary_holds_all_targets_and_prefixes_and_in_time_every_token():
+    draw, seen = torch.Generator().manual_seed(0), torch.zeros(500, dtype=torch.bool)
+    for _ in range(100):
+        targets = torch.randint(0, 500, (40,), generator=draw, dtype=torch.int32)
+        prefix = torch.where(targets % 3 > 0, targets // 3, -1)
+        sample = train_gpt.sample_vocabulary(targets, prefix, 500, 90)
+        assert len(sample) == 90 and (sample.diff() > 0).all()  # 80 at most are wanted
+        assert torch.isin(targets, sample).all() and torch.isin(prefix[prefix >= 0], sample).all()
+        seen[sample] = True
+    assert seen.all()
+
+
+def test_the_loss_over_a_sample_is_the_softmax_over_its_tokens_alone():
+    model, tokens, table, rotary = model_and_inputs()
+    view, weights = VIEW._replace(prefix=True), torch.tensor([1.0, 0.5, 0.25])
+    inputs = (model, tokens, table, 48, *rotary)
+
+    def loss_and_gradients(sample):
+        model.zero_grad()
+        loss = train_gpt.slice_loss(*inputs, view._replace(sample=sample), weights, False)
+        loss.backward()
+        return loss.detach(), model.head.grad, model.vo_bank.grad
+
+    for ours, all_tokens in zip(loss_and_gradients(TINY_SHAPE.vocab), loss_and_gradients(0), strict=True):
+        assert relative_error(ours, all_tokens) < 1e-12
+    loss, head, _ = loss_and_gradients(200)
+    prefix = model.prefixes[tokens[1:]]
+    sample = train_gpt.sample_vocabulary(tokens[1:], prefix, TINY_SHAPE.vocab, 200)
+    z = train_gpt.capped_logits(model(tokens[:-1], *inputs[2:], view), model.head)[:, sample]
+    targets, prefix = ((column[:, None] == sample).int().argmax(1).masked_fill(column < 0, -1)
+                       for column in (tokens[1:], prefix))
+    terms = ((1.0, z, targets), (0.5, z[:-1], targets[1:]), (0.25, z, prefix))
+    expected = sum(w * F.cross_entropy(rows, to, reduction="sum", ignore_index=-1) for w, rows, to in terms)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    outside = torch.ones(TINY_SHAPE.vocab, dtype=torch.bool)
+    outside[sample] = outside[tokens[:-1].long()] = False  # the head also embeds the tokens
+    assert not head[outside].any() and head[sample].abs().sum(1).all()
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_gradients_of_looked_up_rows_are_summed_in_place_beyond_bfloat16(device):
+    torch.manual_seed(0)
+    table = torch.randn(50, 4, device=device, dtype=torch.bfloat16, requires_grad=True)
+    sums, exact = torch.zeros(50, 4, device=device), torch.zeros(50, 4, dtype=torch.float64, device=device)
+    for _ in range(3):  # slices
+        rows = torch.randint(0, 40, (2, 5000), device=device, dtype=torch.int32)
+        rows[0, :4000] = 7  # a frequent token
+        upstream = torch.rand(2, 5000, 4, device=device).bfloat16()
+        looked_up = train_gpt.LookUp.apply(table, rows, sums)
+        assert torch.equal(looked_up, table[rows.long()])
+        looked_up.backward(upstream)
+        exact.index_add_(0, rows.flatten().long(), upstream.flatten(0, 1).double())
+    assert table.grad is None and not sums[40:].any()
+    assert relative_error(sums, exact) < 1e-5
+
+
 def test_every_parameter_receives_a_gradient():
     model, tokens, table, rotary = model_and_inputs()
     train_gpt.slice_loss(model, tokens, table, 48, *rotary, VIEW, torch.ones(2), False).backward()
@@ -191,6 +247,23 @@ def test_initial_weights_depend_on_the_seed_alone():
     other.init_weights(4)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.head, other.head)
+
+
+def test_a_trainer_sums_the_tables_gradients_that_autograd_would_give(shards):
+    cfg = tiny_config(shards, dtype="float64")
+    trainer = train_gpt.Trainer(cfg, train_gpt.World(0, 1, torch.device("cpu")))
+    trainer.reset(0)
+    model, tokens, table, rotary = model_and_inputs()
+    model.load_state_dict(trainer.model.state_dict())
+    inputs = (tokens, table, 48, *rotary, VIEW, torch.ones(2), False)
+    for each in (model, trainer.model, model, trainer.model):
+        train_gpt.slice_loss(each, *inputs).backward()
+    assert set(trainer.optimizer.sums) == set(train_gpt.SUMMED)
+    for name in train_gpt.SUMMED:
+        assert relative_error(trainer.optimizer.sums[name], getattr(model, name).grad) < 1e-12
+        assert getattr(trainer.model, name).grad is None
+    trainer.reset(0)
+    assert not any(sums.any() for sums in trainer.optimizer.sums.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -35,7 +35,8 @@ def attention(x, model, index, layer, value, extra, excluded, documents, window,
     shape, small = model.shape, train_gpt.unpack(model.small, model.small_shapes)
     slot, (heads, head_dim) = shape.attn_layers.index(index), (shape.heads, shape.head_dim)
     s_in, s_out = small["attn_lambdas"][slot]
-    w_q, w_k, w_v, w_o = model.attn_bank[4 * slot:4 * slot + 4]
+    w_q, w_k = model.qk_bank[slot * heads:(slot + 1) * heads].reshape(2, heads * head_dim, shape.dim)
+    w_v, w_o = model.vo_bank[2 * slot:2 * slot + 2]
     q, k, v = ((x @ (s_in * w).t()).view(len(x), heads, head_dim) for w in (w_q, w_k, w_v))
     if layer.value_embed:
         table = shape.value_layers.index(index)
@@ -140,7 +141,8 @@ def test_initial_weights_have_the_records_scales():
     model = GPT(train_gpt.SMOKE_SHAPE, torch.float32, REFERENCE, tables(train_gpt.SMOKE_SHAPE.vocab))
     model.init_weights(0)
     deviation = 0.5 / 128 ** 0.5
-    assert model.attn_bank.std().item() == pytest.approx(deviation, rel=0.02)
+    assert model.qk_bank[:6].std().item() == pytest.approx(deviation, rel=0.02) and not model.qk_bank[6:].any()
+    assert model.vo_bank[:6].std().item() == pytest.approx(deviation, rel=0.02) and not model.vo_bank[6:].any()
     assert model.mlp_bank[::2].std().item() == pytest.approx(deviation, rel=0.02)
     assert model.mlp_bank[1::2].abs().max() == 0 and model.bigram_embed.abs().max() == 0
     assert model.value_embeds.std().item() == pytest.approx(0.01, rel=0.02)
