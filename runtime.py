@@ -264,15 +264,16 @@ class Watch:
     A thread of each process counts up once a second in the rendezvous store, and reads the others' counts. A process
     whose count stands still is gone; where the store itself does not answer, this process is cut off. The count goes
     on where only the main thread is stuck. For that each process tells how many pieces of work it has begun: if all
-    stand still for much longer than any piece took, the one that has begun the fewest keeps the others waiting."""
-    PATIENCE = 20  # seconds without a count
+    stand still for much longer than any piece took, the one that has begun the fewest keeps the others waiting.
+    Seconds in which this process itself stood still (some compilers let no thread run) count for nobody."""
+    PATIENCE = 40  # seconds without a count; 20 ended a run on 4 GPUs in its cold compilation
     STUCK, SLOW = 40, 20  # seconds, and times the longest piece of work so far, without a new piece: the longer of both
 
     def __init__(self, store, rank: int, size: int):
         self.store, self.rank, self.size = store.clone(), rank, size  # clone: a connection of its own
         self.store.set_timeout(datetime.timedelta(seconds=self.PATIENCE))
         self.begun, self.state, self.longest, self.last = 0, "busy", 0.0, time.monotonic()
-        self.answered, self.counts, self.changed, self.lock = time.monotonic(), {}, {}, threading.Lock()
+        self.awake, self.answered, self.counts, self.changed, self.lock = 0.0, 0.0, {}, {}, threading.Lock()
         self.found, self.ended = threading.Event(), threading.Event()
         self.threads = [threading.Thread(target=target, daemon=True) for target in (self.exchange, self.judge)]
         self.publish(0)
@@ -320,7 +321,7 @@ class Watch:
                 self.publish(count)
                 counts = [value.decode().split() for value in self.store.multi_get(keys)]
                 with self.lock:
-                    now = self.answered = time.monotonic()
+                    now = self.answered = self.awake
                     for rank, (tick, begun, state) in enumerate(counts):
                         for key, value in (("tick", tick), ("begun", begun)):
                             if self.counts.get((rank, key)) != value:
@@ -330,7 +331,7 @@ class Watch:
     def verdict(self) -> str | None:
         """Who is gone and how; None if nobody is."""
         with self.lock:
-            now, others = time.monotonic(), [rank for rank in range(self.size) if (rank, "tick") in self.counts]
+            now, others = self.awake, [rank for rank in range(self.size) if (rank, "tick") in self.counts]
             if now - self.answered > self.PATIENCE:
                 return (f"rank {self.rank} has had no answer from the run's store, on the first node, for "
                         f"{now - self.answered:.0f} s: that node or the network between is gone")
@@ -349,15 +350,17 @@ class Watch:
         return None
 
     def judge(self) -> None:
+        now = time.monotonic()
         while not self.ended.wait(1):
+            before, now = now, time.monotonic()
+            self.awake += min(now - before, 2)
             if sentence := self.verdict():
                 self.found.set()
                 leave(fail(f"{sentence}; the run ends; if it had save_every=, go on from its newest checkpoint with "
                            "resume=", 4))
 
     def wait_for_verdict(self) -> None:
-        """For a main thread whose collective has failed: the reason is mostly that another process is gone. Returns
-        if nobody is found to be."""
+        """For a main thread whose collective failed, mostly as another process is gone; returns if none is found."""
         time.sleep(self.PATIENCE + 5)
         if self.found.is_set():
             time.sleep(60)  # judge is about to end this process

@@ -1,4 +1,5 @@
 """A process that is killed, stopped, stuck or cut off ends the whole run soon, by name; and the run goes on after."""
+import ctypes
 import os
 import re
 import shutil
@@ -9,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, random_stream, write_shard
 from test_resume import DRIVER, losses, newest, start
+
+import runtime
 
 STUCK = """
 import os, time
@@ -75,6 +79,28 @@ def test_a_rank_that_is_stuck_ends_the_run_by_name(shards, tmp_path, monkeypatch
     monkeypatch.setattr("test_resume.DRIVER", DRIVER.replace("code = ", STUCK + "code = "))
     error = end_of(start(shards, f"log_dir={tmp_path}", processes=2), 120)
     assert re.search("rank 1 has been stuck for [0-9]+ s", error), error
+
+
+def test_a_process_that_stood_still_itself_takes_nobody_for_gone(monkeypatch):
+    """As under a compiler that lets no other thread run: the first seconds after it are no reason to end the run."""
+    said = []
+    monkeypatch.setattr(runtime, "leave", said.append)
+    monkeypatch.setattr(runtime.Watch, "PATIENCE", 3)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    watch = runtime.Watch(store, 0, 2)
+    for count in range(12):
+        store.set("watch/1", f"{count} 0 busy")
+        if count == 0:
+            watch.start()
+        if count == 5:
+            ctypes.PyDLL(None).sleep(6)  # with Python's lock
+            assert watch.verdict() is None
+        time.sleep(0.5)
+    assert not said
+    for _ in range(20):  # the other's count stands still from here on
+        time.sleep(0.5)
+    watch.ended.set()
+    assert said and "rank 1 gave no sign of life" in watch.verdict()
 
 
 @pytest.mark.slow
