@@ -217,8 +217,8 @@ def peak_host_mib() -> float:
 
 
 def expected_memory(cfg, held: list[torch.Tensor]) -> int:
-    """Peak MiB of training on a GPU with our kernels. held: weights (twice, for their gradients) and optimizer state;
-    the tokens of a slice take 4 bytes a logit and 33.5 a channel and layer, as in the corpus run of 2026-11-28."""
+    """Peak MiB of training on a GPU with our kernels. held: weights, their gradients and optimizer state; the tokens of
+    a slice take 4 bytes a logit and 33.5 a channel and layer, as in the corpus runs of 2026-11-28."""
     shape, tokens = cfg.shape, max(stage.tokens for stage in cfg.stages) // cfg.slices
     slice_bytes = tokens * (4 * shape.vocab + 33.5 * shape.dim * len(shape.layers))
     return round((sum(tensor.numel() * tensor.element_size() for tensor in held) + slice_bytes) / 2**20)

@@ -1194,7 +1194,8 @@ class Trainer:
         """Batch arithmetic and what this machine switches, for the console and the log."""
         cfg, share, ends = self.cfg, self.cfg.slices // self.world.size, stage_ends(self.cfg)
         dtype = str(self.dtype).removeprefix("torch.")
-        held = [*self.model.parameters(), *self.state().values(), *self.optimizer.sums.values()]
+        gradients = [self.optimizer.sums.get(name, p) for name, p in self.optimizer.params.items()]
+        memory = f"memory: {expected_memory(cfg, [*self.state().values(), *gradients]):,} MiB expected"
         rows = [f"stage {i}: steps {start}-{min(end, cfg.last_step) - 1}, {stage.tokens:,} tokens a step = "
                 f"{self.world.size} process(es) x {share} slice(s) x {stage.tokens // cfg.slices:,} tokens, documents "
                 f"cut at {stage.max_doc}, windows {stage.short}/{stage.long}"
@@ -1205,7 +1206,7 @@ class Trainer:
                 f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters, {dtype}, head "
                 f"{'fp8' if self.fp8 else dtype}, torch.compile {'on' if self.compiled else 'off'}",
                 "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items()),
-                *[f"memory: {expected_memory(cfg, held):,} MiB expected"] * (self.world.device.type == "cuda")]
+                *[memory] * (self.world.device.type == "cuda")]
 
     def reset(self, seed: int) -> None:
         self.model.init_weights(seed)
