@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from runtime import UserError, knob
-from sample import Model, find, last_view, most_tokens, need, open_model, open_tokenizer, start
+from sample import Model, find, most_tokens, need, open_model, open_tokenizer, start
 
 HELLASWAG = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")  # 10,042 tasks, arXiv 1905.07830
 PACK = 4096  # tokens of HellaSwag a forward pass
@@ -70,7 +70,7 @@ def mean_losses(module: ModuleType, trainer, step: int, documents: list[tuple[li
     size, longest = min(PACK, most_tokens(trainer)), max(map(len, whole))
     if longest > size:
         raise UserError(f"a task of {longest} tokens is longer than a forward pass of {size}: take fewer tasks")
-    stage, view = last_view(module, cfg, step)
+    stage, view = module.validation_view(cfg, step)
     while len(results) < len(documents):
         first, starts, stream = len(results), [], []
         while first + len(starts) < len(whole) and len(stream) + len(whole[first + len(starts)]) <= size:

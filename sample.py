@@ -102,12 +102,6 @@ def open_tokenizer(vocab: str, preset: str) -> tuple[Callable[[str], list[int]],
     return bpe.encode_ordinary, bpe.decode
 
 
-def last_view(module: ModuleType, cfg, step: int):
-    """The stage and the attention windows with which validation sees the model at a step."""
-    stage = module.stage_at(cfg, min(step, cfg.total_steps - 1))
-    return stage, module.stage_view(cfg, stage, final=step == cfg.total_steps)
-
-
 def most_tokens(trainer) -> int:
     """How many tokens a forward pass takes: its rotary tables have two rows a token."""
     return len(trainer.rotary[0][0]) // 2
@@ -119,7 +113,7 @@ def next_logits(module: ModuleType, trainer, step: int, tokens: list[int]) -> to
     device, count = trainer.world.device, min(-(-len(tokens) // 128) * 128, most_tokens(trainer))
     padded = torch.tensor(tokens + [module.BOS] * (count - len(tokens)), dtype=torch.int32, device=device)
     cu_seqlens = torch.from_numpy(module.seqlens(np.array([0]), count, module.table_rows(1))).to(device)
-    stage, view = last_view(module, trainer.cfg, step)
+    stage, view = module.validation_view(trainer.cfg, step)
     x = trainer.hidden(padded, cu_seqlens, count, *trainer.rotary[stage], view)
     return module.capped_logits(x[len(tokens) - 1:len(tokens)], trainer.model.head)[0, :module.VOCAB].float()
 

@@ -374,6 +374,12 @@ def stage_view(cfg: Config, stage: int, final: bool = False) -> View:
     return View(row.short, cfg.final_window if final else row.long, yarn(cfg, stage)[1], any(row.prefix), row.sample)
 
 
+def validation_view(cfg: Config, step: int) -> tuple[int, View]:
+    """The stage and the windows with which validation sees the model after a step."""
+    stage = stage_at(cfg, min(step, cfg.total_steps - 1))
+    return stage, stage_view(cfg, stage, final=step == cfg.total_steps)
+
+
 def rotary_tables(cfg: Config, stage: int, length: int, device, dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, head_dim / 4)."""
     freqs = torch.from_numpy(yarn(cfg, stage)[0]).to(device, torch.float32)
@@ -1230,8 +1236,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, step: int, validation: Validation) -> float:
         """Mean next-token loss in nats over the validation tokens of all processes."""
-        self.phase, stage = "validation", stage_at(self.cfg, min(step, self.cfg.total_steps - 1))
-        view = stage_view(self.cfg, stage, final=step == self.cfg.total_steps)
+        self.phase, (stage, view) = "validation", validation_view(self.cfg, step)
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for tokens, cu_seqlens in validation.slices:
             self.world.watch.begin()
@@ -1272,7 +1277,8 @@ class Trainer:
                             "and options of its run")
         for name, tensor in mine.items():
             saved, begin = whole[name], self.world.rank * len(tensor) if learns and self.optimizer.is_share(name) else 0
-            if learns and saved.dtype != tensor.dtype or saved.shape[1:] != tensor.shape[1:]:
+            other = saved.dim() != tensor.dim() or saved.shape[1:] != tensor.shape[1:]
+            if other or learns and saved.dtype != tensor.dtype:
                 raise UserError(f"the checkpoint is of another model, its {name} is {saved.dtype} of "
                                 f"{tuple(saved.shape)}: take the preset and options of its run")
             if tensor.dim() == 0:

@@ -217,6 +217,21 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         read_checkpoint(path, {})
 
 
+@pytest.mark.parametrize("change", [
+    lambda state: state.pop("small"), lambda state: state.update(more=torch.zeros(1)),
+    lambda state: state.update({"head": torch.zeros(())}), lambda state: state.update({"head.count": torch.zeros(1)}),
+    lambda state: state.update({"head": state["head"].double()}),
+    lambda state: state.update({"head": state["head"][:, 1:]})])
+def test_the_state_of_another_model_is_refused(shards, change):
+    trainer = train_gpt.Trainer(tiny_config(shards), train_gpt.World(0, 1, torch.device("cpu")))
+    trainer.reset(0)
+    whole = trainer.save()
+    trainer.load(whole)
+    change(whole)
+    with pytest.raises(UserError, match="of another model"):
+        trainer.load(whole)
+
+
 def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(shards, tmp_path, monkeypatch):
     real, count = runtime.write_checkpoint, []
 

@@ -61,7 +61,7 @@ def test_the_next_token_s_logits_give_the_loss_of_validation(opened):
     module, trainer, saved = opened
     tokens = [module.BOS, *range(3, 20)]
     batch = module.Batch(torch.tensor(tokens + [0] * 15).int(), torch.tensor([0] + [32] * 32).int())
-    stage, view = sample.last_view(module, trainer.cfg, saved["step"])
+    stage, view = module.validation_view(trainer.cfg, saved["step"])
     with torch.no_grad():
         x = trainer.hidden(batch.tokens[:-1], batch.cu_seqlens, 32, *trainer.rotary[stage], view)
         at_once = trainer.token_losses(x, trainer.model.head, batch.tokens[1:])
