@@ -19,8 +19,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from runtime import UserError, knob
-from sample import Model, find, most_tokens, need, open_model, open_tokenizer, start
+from runtime import UserError, find, knob
+from sample import Model, most_tokens, need, open_model, open_tokenizer, start
 
 HELLASWAG = ("Rowan/hellaswag", "data/validation-00000-of-00001.parquet")  # 10,042 tasks, arXiv 1905.07830
 PACK = 4096  # tokens of HellaSwag a forward pass
@@ -117,10 +117,11 @@ def main(options: Options) -> None:
                if getattr(options, key)}
     if options.hellaswag < 0:
         raise UserError(f"hellaswag={options.hellaswag} must not be negative")
+    if options.export:
+        _, trainer, saved = open_model(options, **changes)
+        return export(Path(options.export), trainer, saved)
     tasks = read_tasks(find(options.tasks) if options.tasks else fetch_tasks()) if options.hellaswag else []
     module, trainer, saved = open_model(options, **changes)
-    if options.export:
-        return export(Path(options.export), trainer, saved)
     step, cfg = saved["step"], trainer.cfg
     validation = module.read_validation(cfg, trainer.world)
     print(f"val_loss {trainer.evaluate(step, validation):.4f} over {cfg.val_tokens:,} tokens of {cfg.val_files} "

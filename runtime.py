@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import difflib
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -102,6 +103,8 @@ def parse_arguments(argv: list[str], table: type, program: str) -> dict:
 
 
 def print_help(text: str, table: type) -> None:
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into head
     print(text)
     for name, field in option_fields(table).items():
         print(f"  {name + '=' + str(field.default):<50} {field.metadata['doc']}")
@@ -146,10 +149,17 @@ def write_checkpoint(path: Path, contents: dict) -> None:
         raise
 
 
+def find(path: str) -> Path:
+    """The file that an option names, from the current folder if it is there, else from the project's."""
+    return Path(path) if os.path.isfile(path) else ROOT / path
+
+
 def read_checkpoint(path: Path, needs: dict[str, type]) -> dict:
     """What write_checkpoint wrote, its tensors mapped to memory, not read yet. No code in the file runs. Raises
     UserError for a file that is none, is damaged, or has not the entries of `needs`, each of its type."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would keep us waiting
+            raise ValueError("it is no file")
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -198,16 +208,17 @@ class Checkpoints:
         if self.log is None:
             return ""
         path = self.log.with_name(f"{self.log.stem}_step{step:06d}.pt")
-        try:
-            write_checkpoint(path, contents)
-        except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            return f"checkpoint: none at step {step}, it could not be written ({reason}): free some space"
-        self.written.append(path)
-        while self.keep and len(self.written) > self.keep:
-            with contextlib.suppress(OSError):
-                self.written.pop(0).unlink()
-        return f"checkpoint:{path.name}"
+        with undisturbed():  # so that a run which is told to end names this one
+            try:
+                write_checkpoint(path, contents)
+            except (OSError, RuntimeError) as error:
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+                return f"checkpoint: none at step {step}, it could not be written ({reason}): free some space"
+            self.written.append(path)
+            while self.keep and len(self.written) > self.keep:
+                with contextlib.suppress(OSError):
+                    self.written.pop(0).unlink()
+            return f"checkpoint:{path.name}"
 
 
 def peak_host_mib() -> float:
@@ -357,7 +368,7 @@ class Watch:
             if sentence := self.verdict():
                 self.found.set()
                 leave(fail(f"{sentence}; the run ends; if it had save_every=, go on from its newest checkpoint with "
-                           "resume=", 4))
+                           "resume=", 4, everywhere=True))
 
     def wait_for_verdict(self) -> None:
         """For a main thread whose collective failed, mostly as another process is gone; returns if none is found."""
@@ -424,6 +435,9 @@ def start_world(cfg) -> World:
     return World(rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
 
 
+ARRIVAL = 300  # seconds in which all processes have to come, which import PyTorch at unlike speeds
+
+
 def connect(world: World) -> World:
     """Joins the process group; after the checks of the input, so that a mistake costs no GPU time. The world returned
     watches over the other processes."""
@@ -433,6 +447,13 @@ def connect(world: World) -> World:
     if world.size == 1:
         return world
     store, *_ = next(dist.rendezvous("env://"))
+    store.set(f"here/{world.rank}", "")
+    try:
+        store.wait([f"here/{rank}" for rank in range(world.size)], datetime.timedelta(seconds=ARRIVAL))
+    except dist.DistError:
+        late = ", ".join(str(rank) for rank in range(world.size) if not store.check([f"here/{rank}"]))
+        raise UserError(f"rank {late} has not come within {ARRIVAL} s: it was stopped, or its node is cut off; mend "
+                        "that and start again", 4) from None
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=world.rank, world_size=world.size,
                             device_id=world.device if cuda else None,
                             timeout=datetime.timedelta(minutes=30))  # ranks may compile at unlike speeds
@@ -445,10 +466,15 @@ def connect(world: World) -> World:
 def launch(argv: list[str]) -> int:
     """torchrun, whose report of a failed process becomes one sentence, or none where the process gave its own."""
     from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a lost store costs a thousand lines of C++ frames
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "10")  # seconds from SIGTERM to SIGKILL for the others
+    for function in (PContext.close, LocalElasticAgent._shutdown):  # which take 30 where a rank has failed
+        if list(inspect.signature(function).parameters)[-1] == "timeout":
+            function.__defaults__ = (*function.__defaults__[:-1], 10)
     try:
         run.main(argv)
         return 0

@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from local_text import byte_token_ids  # noqa: E402
 from shards import gpt2_bpe, need  # noqa: E402, F401
 
-from runtime import UserError, fail, knob, parse_arguments, print_help, read_checkpoint  # noqa: E402
+from runtime import UserError, fail, find, knob, parse_arguments, print_help, read_checkpoint  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,6 @@ def open_trainer(sources: dict[str, str], source: str) -> ModuleType:
     return importlib.import_module("train_gpt")
 
 
-def find(path: str) -> Path:
-    """The file that an option names, from the current folder if it is there, else from the project's."""
-    return Path(path) if os.path.isfile(path) else ROOT / path
-
-
 def open_model(options: Model, **changes):
     """A trainer that does not learn, with a checkpoint's weights; its module and the checkpoint. changes: of its
     configuration. Raises UserError."""
@@ -79,13 +74,17 @@ def open_model(options: Model, **changes):
     saved = read_checkpoint(find(options.ckpt), {"step": int, "config": dict, "state": dict, "sources": dict,
                                                  "token_tables": str, "val_loss": float})
     module = open_trainer(saved["sources"], options.source)
-    cfg = module.saved_config(saved["config"], **{"dtype": "auto", "fp8": "auto", "kernels": "auto", "compile": "off",
-                                                  "resume": "", **changes})
-    module.check_config(cfg)
-    if options.source == "here" and saved["token_tables"] != module.file_hash(cfg.token_tables):
-        raise UserError(f"{options.ckpt} was trained with another {cfg.token_tables}: restore that file")
-    trainer = module.Trainer(cfg, module.World(0, 1, device), learns=False)
-    trainer.load(saved["state"])
+    try:
+        cfg = module.saved_config(saved["config"], **{"dtype": "auto", "fp8": "auto", "kernels": "auto",
+                                                      "compile": "off", "resume": "", **changes})
+        module.check_config(cfg)
+        if options.source == "here" and saved["token_tables"] != module.file_hash(cfg.token_tables):
+            raise UserError(f"{options.ckpt} was trained with another {cfg.token_tables}: restore that file")
+        trainer = module.Trainer(cfg, module.World(0, 1, device), learns=False)
+        trainer.load(saved["state"])
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"{options.ckpt} holds settings that no trainer takes ({error}): take another checkpoint") \
+            from None
     return module, trainer, saved
 
 
@@ -141,6 +140,10 @@ def main(options: Options) -> None:
     for key, least in (("tokens", 1), ("temperature", 0), ("top_k", 0), ("samples", 1), ("seed", 0)):
         if not least <= getattr(options, key) < float("inf"):
             raise UserError(f"{key}={getattr(options, key)} must be a number of at least {least}")
+    if options.seed + options.samples > 2**63:
+        raise UserError(f"seed={options.seed} is too large: take one below 2**63")
+    if any("\ud800" <= letter <= "\udfff" for letter in options.prompt):
+        raise UserError("prompt= is no text in UTF-8: set your terminal to UTF-8")
     module, trainer, saved = open_model(options)
     encode, decode = open_tokenizer(options.vocab, trainer.cfg.preset)
     prompt = encode(options.prompt)

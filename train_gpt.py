@@ -48,6 +48,7 @@ from runtime import (
     expected_memory,
     fail,
     file_hash,
+    find,
     finish_log,
     gpu_description,
     knob,
@@ -286,6 +287,7 @@ def check_config(cfg: Config) -> None:
              f"number that is not negative: the default is {getattr(Config, key)}")
     need(re.fullmatch(r"\w[\w.+-]{0,99}", cfg.name), f"name={cfg.name!r} cannot name a folder: take letters "
          "and digits, with _ . + - between them, at most 100")
+    need(cfg.log_dir, "log_dir= is empty: give a folder, for example log_dir=records/runs")
     need(cfg.seed + cfg.trials <= 2**63, f"seed={cfg.seed} is too large: take one below 2**63")
     need(0 < cfg.cooldown <= 1, f"cooldown={cfg.cooldown} must be above 0 and at most 1")
     for key, choices in (("dtype", ("auto", "bfloat16", "float32", "float64")), ("fp8", ("auto", "on", "off")),
@@ -300,7 +302,7 @@ def check_config(cfg: Config) -> None:
          f"profile={cfg.profile} takes two steps from there, and the run has {cfg.last_step}: lower it")
     need(not cfg.resume or cfg.trials == 1, f"resume= goes on with one run, not trials={cfg.trials}: leave one out")
     for i, layer in enumerate(cfg.shape.layers):
-        need({layer.window, layer.reads, layer.mixes, layer.skip_from} <= {"", "short", "long", None, *range(i)},
+        need(layer.window in ("", "short", "long") and {layer.reads, layer.mixes, layer.skip_from} <= {None, *range(i)},
              f"layer {i} has a window other than short and long or names a layer that is not before it: mend {layer}")
     for stage in cfg.stages:
         need(stage.tokens % cfg.slices == 0, f"a batch of {stage.tokens} tokens does not divide into slices="
@@ -1276,14 +1278,18 @@ class Trainer:
             raise UserError(f"the checkpoint is of another model, it differs in {', '.join(differ)}: take the preset "
                             "and options of its run")
         for name, tensor in mine.items():
-            saved, begin = whole[name], self.world.rank * len(tensor) if learns and self.optimizer.is_share(name) else 0
-            other = saved.dim() != tensor.dim() or saved.shape[1:] != tensor.shape[1:]
-            if other or learns and saved.dtype != tensor.dtype:
+            saved, share = whole[name], learns and self.optimizer.is_share(name)
+            fits = saved.dim() == tensor.dim() and saved.shape[1:] == tensor.shape[1:]
+            if fits and tensor.dim():  # banks may have other rows of padding
+                count, _ = self.model.banks.get(name.partition(".")[0], (0, 0))
+                fits = len(saved) >= count > 0 or len(saved) == len(tensor) * (self.world.size if share else 1)
+            if not fits or learns and saved.dtype != tensor.dtype:
                 raise UserError(f"the checkpoint is of another model, its {name} is {saved.dtype} of "
                                 f"{tuple(saved.shape)}: take the preset and options of its run")
             if tensor.dim() == 0:
                 tensor.copy_(saved)
-            else:  # banks may have other rows of padding
+            else:
+                begin = self.world.rank * len(tensor) if share else 0
                 saved = saved[begin:begin + len(tensor)]
                 tensor[:len(saved)].copy_(saved)
 
@@ -1382,7 +1388,7 @@ def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list
     go on from it."""
     if not cfg.resume:
         return {}, []
-    saved, now = read_checkpoint(ROOT / cfg.resume, SAVED), describe_config(cfg, dtype)
+    saved, now = read_checkpoint(find(cfg.resume), SAVED), describe_config(cfg, dtype)
     for key in FIXED:
         if saved["config"].get(key) != now[key]:
             if key in ("shape", "stages"):
@@ -1477,6 +1483,9 @@ class Trial:
         """A checkpoint of all processes' state, after an even number of steps or the last."""
         with self.clock.region("checkpoints"), self.world.watch.busy():
             state = self.trainer.save()
+            for name in self.trainer.optimizer.params:
+                if name in state and not state[name].isfinite().all():
+                    self.stop_if_diverged(name, math.nan, step)
             line = self.checkpoints.save(step, dict(
                 step=step, train_time=self.clock.read(), total_time=time.perf_counter() - self.begin,
                 tokens=self.tokens, val_loss=self.val_loss, position=position, state=state, sources=SOURCES,
@@ -1535,6 +1544,8 @@ def train(cfg: Config, world: World) -> None:
     with told(cfg, world), clock.region("process group and model"):
         world = connect(world)
         trainer = Trainer(cfg, world)
+        if saved:
+            trainer.load(saved["state"])  # that of another model is refused before the compilation
     for line in trainer.describe(plan):
         console.say(line)
     log_header(log, cfg, trainer, plan)

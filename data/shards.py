@@ -181,7 +181,7 @@ def gpt2_bpe(vocab=None):
         except OSError as exc:  # tiktoken fetches the vocabulary through requests, whose errors are OSErrors
             raise DataError(
                 f"tiktoken cannot fetch the GPT-2 vocabulary ({type(exc).__name__}): "
-                "connect to the network or give a ranks file with --vocab"
+                "connect to the network or give a ranks file: --vocab, or vocab= of sample.py and evaluate.py"
             ) from exc
     try:
         pairs = (line.split() for line in Path(vocab).read_bytes().splitlines() if line)

@@ -81,6 +81,13 @@ def test_a_rank_that_is_stuck_ends_the_run_by_name(shards, tmp_path, monkeypatch
     assert re.search("rank 1 has been stuck for [0-9]+ s", error), error
 
 
+def test_a_rank_that_does_not_come_is_named(shards, tmp_path, monkeypatch):
+    late = "import os, time, runtime\nruntime.ARRIVAL = 3\nif os.environ['RANK'] == '1':\n    time.sleep(100)\n"
+    monkeypatch.setattr("test_resume.DRIVER", late + DRIVER)
+    error = end_of(start(shards, f"log_dir={tmp_path}", processes=2))
+    assert "rank 1 has not come within 3 s" in error, error
+
+
 def test_a_process_that_stood_still_itself_takes_nobody_for_gone(monkeypatch):
     """As under a compiler that lets no other thread run: the first seconds after it are no reason to end the run."""
     said = []

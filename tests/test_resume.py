@@ -221,7 +221,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     lambda state: state.pop("small"), lambda state: state.update(more=torch.zeros(1)),
     lambda state: state.update({"head": torch.zeros(())}), lambda state: state.update({"head.count": torch.zeros(1)}),
     lambda state: state.update({"head": state["head"].double()}),
-    lambda state: state.update({"head": state["head"][:, 1:]})])
+    lambda state: state.update({"head": state["head"][:, 1:]}),
+    lambda state: state.update({"head": state["head"][:100]}),
+    lambda state: state.update({"qk_bank": state["qk_bank"][:5]})])
 def test_the_state_of_another_model_is_refused(shards, change):
     trainer = train_gpt.Trainer(tiny_config(shards), train_gpt.World(0, 1, torch.device("cpu")))
     trainer.reset(0)
@@ -230,6 +232,13 @@ def test_the_state_of_another_model_is_refused(shards, change):
     change(whole)
     with pytest.raises(UserError, match="of another model"):
         trainer.load(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(UserError, match="it is no file"):
+        read_checkpoint(tmp_path / "pipe.pt", {})
 
 
 def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(shards, tmp_path, monkeypatch):
@@ -266,6 +275,15 @@ def test_a_signal_waits_for_the_checkpoint_that_is_being_written(tmp_path, monke
     finally:
         signal.signal(number, before)
     assert list(tmp_path.iterdir()) == [tmp_path / "a.pt"]
+    checkpoints = runtime.Checkpoints(tmp_path / "run.txt", keep=1)
+    before = signal.signal(number, tell)
+    try:
+        for step in (2, 4):
+            with pytest.raises(Told):
+                checkpoints.save(step, {})
+    finally:
+        signal.signal(number, before)
+    assert checkpoints.newest.endswith("run_step000004.pt") and len(list(tmp_path.glob("run*"))) == 1
     assert torch.equal(read_checkpoint(tmp_path / "a.pt", {"w": torch.Tensor})["w"], torch.zeros(3))
 
 
@@ -289,6 +307,34 @@ def test_a_run_that_diverges_says_where_to_go_on(shards, tmp_path, capsys, monke
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: train_loss is nan at step 9: .*; go on from its last checkpoint with resume=\S+"
                         r"_step000008\.pt\n", error), error
+
+
+def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path, capsys, monkeypatch):
+    class Destroyed(Watched):
+        def train_step(self, step, batches):
+            loss = super().train_step(step, batches)
+            if step == 7:
+                self.model.head.data[5, 3] = float("inf")
+            return loss
+    cfg = tiny_config(shards, log_dir=str(tmp_path), save_every=4, val_every=0)
+    monkeypatch.setattr(train_gpt, "Trainer", Destroyed)
+    monkeypatch.setattr(train_gpt, "parse_options", lambda argv: cfg)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert train_gpt.main([]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: head is nan at step 8: .*; go on from its last checkpoint with resume=\S+"
+                        r"_step000004\.pt\n", error), error
+    assert [path.name[-9:] for path in tmp_path.rglob("*.pt*")] == ["000004.pt"]
+
+
+def test_resume_counts_from_the_current_folder_first(whole, shards, monkeypatch):
+    path = next(whole.logs[0].parent.glob("*_step000006.pt"))
+    cfg = tiny_config(shards, resume=path.name)
+    plan = train_gpt.plan_run(cfg, train_gpt.find_shards(cfg, "train_files"))
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        train_gpt.read_resume(cfg, torch.float32, plan)
+    monkeypatch.chdir(path.parent)
+    assert train_gpt.read_resume(cfg, torch.float32, plan)[0]["step"] == 6
 
 
 def test_a_shard_damaged_after_the_check_is_named_before_it_trains(shards, tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -150,6 +151,24 @@ def test_exported_weights_are_the_checkpoint_s(ckpt, opened, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_export_evaluates_nothing(ckpt, tmp_path):
+    done = command("evaluate.py", f"ckpt={ckpt}", "device=cpu", f"export={tmp_path}/w.safetensors", "hellaswag=3",
+                   "tasks=missing.jsonl")
+    assert done.returncode == 0 and done.stdout.startswith("wrote ") and (tmp_path / "w.safetensors").exists(), done
+
+
+def test_settings_that_no_trainer_takes_get_one_sentence(ckpt, tmp_path):
+    contents = {key: value for key, value in read_checkpoint(Path(ckpt), {}).items() if key != "format"}
+    config = contents["config"]
+    layers = config["shape"]["layers"]
+    for change in ({"steps": "12"}, {"stages": ()}, {"token_tables": "nope.npz"},
+                   {"shape": config["shape"] | {"dim": "x"}},
+                   {"shape": config["shape"] | {"layers": (layers[0] | {"skip_from": "short"}, *layers[1:])}}):
+        write_checkpoint(tmp_path / "changed.pt", {**contents, "config": config | change})
+        with pytest.raises(UserError):
+            sample.open_model(sample.Options(ckpt=str(tmp_path / "changed.pt"), device="cpu"))
+
+
 def test_the_checkpoint_s_own_trainer_reads_it(ckpt, tmp_path):
     """source=checkpoint runs the code in the file: here one whose logits make every next token a question mark."""
     saved = read_checkpoint(ckpt, train_gpt.SAVED)
@@ -202,7 +221,8 @@ def test_paths_count_from_the_current_folder_else_from_the_project_s(ckpt, tmp_p
     (here / "folder").mkdir()
     (project / "folder").write_text("a file")
     monkeypatch.chdir(here)
-    monkeypatch.setattr(sample, "ROOT", project)
+    (project / "data").symlink_to(ROOT / "data")
+    monkeypatch.setattr("runtime.ROOT", project)
     for name, text in (("both", "here"), ("mine", "mine"), ("theirs", "theirs"), ("folder", "a file"),
                        (f"{project}/both", "project"), ("../project/both", "project")):
         assert sample.find(name).read_text() == text
