@@ -158,6 +158,8 @@ def test_a_sample_of_the_vocabulary_holds_all_targets_and_prefixes_and_in_time_e
         assert torch.isin(targets, sample).all() and torch.isin(prefix[prefix >= 0], sample).all()
         seen[sample] = True
     assert seen.all()
+    first, second = (train_gpt.sample_vocabulary(torch.tensor([k, k + 1]), None, 50_304, 1000) for k in (3, 30_000))
+    assert torch.isin(first, second).sum() < 100  # each slice has its own
 
 
 def test_the_loss_over_a_sample_is_the_softmax_over_its_tokens_alone():
