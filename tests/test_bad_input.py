@@ -156,6 +156,10 @@ def test_a_layer_that_cannot_work_is_refused_with_its_row(change):
         tiny_config(Path("none"), shape=TINY_SHAPE._replace(layers=tuple(layers)))
 
 
+def test_an_empty_log_folder_is_refused(refused):
+    refused(["log_dir="], "log_dir= is empty", "log_dir=records/runs")
+
+
 def test_slices_that_eight_processes_cannot_share_are_refused(refused):
     refused(["slices=12"], "slices=12", "take 8, 16 or 32")
 

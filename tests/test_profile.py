@@ -1,4 +1,5 @@
 """A profile is a trace and a table of time by region; the memory that a run will take is said before it."""
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -50,6 +51,13 @@ def held(mib: int) -> list[torch.Tensor]:
 def test_the_expected_memory_is_what_the_corpus_run_took():
     """30,375 MiB (records/corpus/2026-11-28_Sampled), of which weights, gradients and optimizer state are 7,695."""
     assert expected_memory(train_gpt.parse_options(["preset=corpus"]), held(7695)) == pytest.approx(30_375, rel=0.01)
+
+
+def test_fp8_wants_slices_and_samples_that_16_divides():
+    cfg = train_gpt.Config()
+    for change, able in (({}, True), ({"sample": 1000}, False), ({"tokens": 8 * 1000}, False)):
+        stages = (cfg.stages[0]._replace(**change), *cfg.stages[1:])
+        assert train_gpt.choose_fp8(dataclasses.replace(cfg, stages=stages), (9, 0), torch.bfloat16) == able
 
 
 def test_the_preset_for_small_gpus_fits_well_into_24_gb_and_changes_nothing_but_the_slices():

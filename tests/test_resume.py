@@ -295,21 +295,42 @@ def test_a_write_that_fails_leaves_no_part_of_a_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_diverges_says_where_to_go_on(shards, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def failing(monkeypatch, capsys):
+    """Runs a trainer that bad input ends; gives what it says."""
+    def run(trainer: type, cfg: train_gpt.Config) -> str:
+        monkeypatch.setattr(train_gpt, "Trainer", trainer)
+        monkeypatch.setattr(train_gpt, "parse_options", lambda argv: cfg)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert train_gpt.main([]) == 2
+        return capsys.readouterr().err
+    return run
+
+
+def test_a_state_of_another_model_is_refused_before_the_warm_up(whole, shards, tmp_path, failing):
+    contents = read_checkpoint(next(whole.logs[0].parent.glob("*_step000006.pt")), train_gpt.SAVED)
+    del contents["state"]["small"], contents["format"]
+    write_checkpoint(tmp_path / "other.pt", contents)
+
+    class Cold(Watched):
+        def warm_up(self, *arguments):
+            raise AssertionError("compiles first")
+    error = failing(Cold, tiny_config(shards, log_dir=str(tmp_path), resume=str(tmp_path / "other.pt")))
+    assert re.fullmatch("error: the checkpoint is of another model, it differs in small: [^\n]*\n", error)
+    assert "go on from" not in error
+
+
+def test_a_run_that_diverges_says_where_to_go_on(shards, tmp_path, failing):
     class Diverging(Watched):
         def train_step(self, step, batches):
             return super().train_step(step, batches) * (float("nan") if step == 8 else 1)
     cfg = tiny_config(shards, log_dir=str(tmp_path), save_every=4)
-    monkeypatch.setattr(train_gpt, "Trainer", Diverging)
-    monkeypatch.setattr(train_gpt, "parse_options", lambda argv: cfg)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert train_gpt.main([]) == 2
-    error = capsys.readouterr().err
+    error = failing(Diverging, cfg)
     assert re.fullmatch(r"error: train_loss is nan at step 9: .*; go on from its last checkpoint with resume=\S+"
                         r"_step000008\.pt\n", error), error
 
 
-def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path, capsys, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path, failing):
     class Destroyed(Watched):
         def train_step(self, step, batches):
             loss = super().train_step(step, batches)
@@ -317,11 +338,7 @@ def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path, capsys, mon
                 self.model.head.data[5, 3] = float("inf")
             return loss
     cfg = tiny_config(shards, log_dir=str(tmp_path), save_every=4, val_every=0)
-    monkeypatch.setattr(train_gpt, "Trainer", Destroyed)
-    monkeypatch.setattr(train_gpt, "parse_options", lambda argv: cfg)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert train_gpt.main([]) == 2
-    error = capsys.readouterr().err
+    error = failing(Destroyed, cfg)
     assert re.fullmatch(r"error: head is nan at step 8: .*; go on from its last checkpoint with resume=\S+"
                         r"_step000004\.pt\n", error), error
     assert [path.name[-9:] for path in tmp_path.rglob("*.pt*")] == ["000004.pt"]
@@ -337,7 +354,7 @@ def test_resume_counts_from_the_current_folder_first(whole, shards, monkeypatch)
     assert train_gpt.read_resume(cfg, torch.float32, plan)[0]["step"] == 6
 
 
-def test_a_shard_damaged_after_the_check_is_named_before_it_trains(shards, tmp_path, capsys, monkeypatch):
+def test_a_shard_damaged_after_the_check_is_named_before_it_trains(shards, tmp_path, failing):
     class Damaging(Watched):
         def warm_up(self, *arguments):
             super().warm_up(*arguments)
@@ -348,10 +365,6 @@ def test_a_shard_damaged_after_the_check_is_named_before_it_trains(shards, tmp_p
     for path in shards.glob("*.bin"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     cfg = tiny_config(tmp_path, log_dir=f"{tmp_path}/logs", save_every=2)
-    monkeypatch.setattr(train_gpt, "Trainer", Damaging)
-    monkeypatch.setattr(train_gpt, "parse_options", lambda argv: cfg)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert train_gpt.main([]) == 2
-    error = capsys.readouterr().err
+    error = failing(Damaging, cfg)
     assert error.count("\n") == 1 and "train_000003.bin is not what it was when it was checked" in error
     assert "go on from its last checkpoint" in error

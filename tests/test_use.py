@@ -195,6 +195,8 @@ def test_the_checkpoint_s_own_trainer_reads_it(ckpt, tmp_path):
     (["ckpt={}", "vocab=missing.tiktoken"], ["there is no file vocab=missing.tiktoken"]),
     (["ckpt={}", "source=there"], ["source='there'"]),
     (["ckpt={}", "device=tpu"], ["device='tpu'"]),
+    (["ckpt={}", f"seed={2**63}"], ["seed=9223372036854775808 is too large"]),
+    (["ckpt={}", "prompt=\udcff"], ["prompt= is no text in UTF-8"]),
 ])
 def test_bad_input_gets_one_sentence(ckpt, options, fragments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sample.py", *(option.format(ckpt) for option in options)])
@@ -252,6 +254,12 @@ def test_help_says_from_where_paths_count(program, names):
 def test_help_lists_the_options():
     done = command("evaluate.py", "help")
     assert done.returncode == 0 and all(f"  {key}= " in done.stdout for key in ("ckpt", "vocab", "tasks", "export"))
+
+
+def test_help_may_end_in_a_closed_pipe():
+    done = subprocess.run(f"{sys.executable} sample.py help | head -c 1; exit ${{PIPESTATUS[1]}}", shell=True, cwd=ROOT,
+                          executable="/bin/bash", capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 1)
 
 
 def test_the_trainer_does_not_know_of_them():
