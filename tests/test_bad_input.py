@@ -156,8 +156,9 @@ def test_a_layer_that_cannot_work_is_refused_with_its_row(change):
         tiny_config(Path("none"), shape=TINY_SHAPE._replace(layers=tuple(layers)))
 
 
-def test_an_empty_log_folder_is_refused(refused):
-    refused(["log_dir="], "log_dir= is empty", "log_dir=records/runs")
+def test_an_empty_log_folder_is_refused():
+    with pytest.raises(train_gpt.UserError, match="log_dir= is empty: give a folder, for example log_dir=records/runs"):
+        train_gpt.parse_options(["log_dir="])
 
 
 def test_slices_that_eight_processes_cannot_share_are_refused(refused):

@@ -26,11 +26,15 @@ train_gpt.Trainer.train_step = stuck
 """
 
 
+def children(run: subprocess.Popen) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+
+
 def process_of(run: subprocess.Popen, rank: int) -> int:
     """Process id of a rank among the launcher's children."""
-    for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+    for child in children(run):
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
+            return child
     raise LookupError(rank)
 
 
@@ -47,6 +51,8 @@ def end_of(run: subprocess.Popen, seconds: float = 60) -> str:
     try:
         _, error = run.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
+        for child in children(run):  # one that is stopped would hold the pipe open
+            os.kill(child, signal.SIGKILL)
         run.kill()
         pytest.fail(f"still running after {seconds} s: {run.communicate()[1]}")
     assert run.returncode != 0 and time.monotonic() - begin < seconds
@@ -81,6 +87,7 @@ def test_a_rank_that_is_stuck_ends_the_run_by_name(shards, tmp_path, monkeypatch
     assert re.search("rank 1 has been stuck for [0-9]+ s", error), error
 
 
+@linux
 def test_a_rank_that_does_not_come_is_named(shards, tmp_path, monkeypatch):
     late = "import os, time, runtime\nruntime.ARRIVAL = 3\nif os.environ['RANK'] == '1':\n    time.sleep(100)\n"
     monkeypatch.setattr("test_resume.DRIVER", late + DRIVER)

@@ -257,9 +257,9 @@ def test_help_lists_the_options():
 
 
 def test_help_may_end_in_a_closed_pipe():
-    done = subprocess.run(f"{sys.executable} sample.py help | head -c 1; exit ${{PIPESTATUS[1]}}", shell=True, cwd=ROOT,
-                          executable="/bin/bash", capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr, len(done.stdout)) == (0, "", 1)
+    done = subprocess.run(f"{sys.executable} sample.py help | true", shell=True, cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_trainer_does_not_know_of_them():
