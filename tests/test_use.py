@@ -257,8 +257,8 @@ def test_help_lists_the_options():
 
 
 def test_help_may_end_in_a_closed_pipe():
-    done = subprocess.run(f"{sys.executable} sample.py help | true", shell=True, cwd=ROOT, capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(f"{sys.executable} sample.py help | true", shell=True, cwd=ROOT, capture_output=True,
+                          text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
 
