@@ -562,11 +562,8 @@ def shell(*command: str) -> str:
 def python_command() -> str:
     """How to start this Python from the root: by name where the PATH leads to it, else by its path."""
     own = Path(sys.executable)
-    for name in ("python", "python3"):
-        found = shutil.which(name)
-        if found and Path(found).parent == own.parent:
-            return name
-    return os.path.relpath(own, ROOT) if own.is_relative_to(ROOT) else str(own)
+    named = (name for name in ("python", "python3") if Path(shutil.which(name) or "/").parent == own.parent)
+    return next(named, os.path.relpath(own, ROOT) if own.is_relative_to(ROOT) else str(own))
 
 
 def file_hash(name: str) -> str:
@@ -578,6 +575,13 @@ def gpu_description(device: torch.device) -> str:
         return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
     major, minor = torch.cuda.get_device_capability(device)
     return f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+
+
+def product_rate(device: torch.device) -> float:
+    """TFLOP/s of an 8192-cubed product of random bfloat16 matrices: machines of one name differ."""
+    from torch.utils.benchmark import Timer  # which warns on a machine without CUDA
+    a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device=device)
+    return 2 * 8192**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(30).mean / 1e12
 
 
 def device_sync(device: torch.device) -> None:

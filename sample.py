@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from local_text import byte_token_ids  # noqa: E402
 from shards import gpt2_bpe, need  # noqa: E402, F401
 
-from runtime import UserError, fail, find, knob, parse_arguments, print_help, read_checkpoint  # noqa: E402
+from runtime import UserError, fail, file_hash, find, knob, parse_arguments, print_help, read_checkpoint  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def open_model(options: Model, **changes):
         cfg = module.saved_config(saved["config"], **{"dtype": "auto", "fp8": "auto", "kernels": "auto",
                                                       "compile": "off", "resume": "", **changes})
         module.check_config(cfg)
-        if options.source == "here" and saved["token_tables"] != module.file_hash(cfg.token_tables):
+        if options.source == "here" and saved["token_tables"] != file_hash(cfg.token_tables):
             raise UserError(f"{options.ckpt} was trained with another {cfg.token_tables}: restore that file")
         trainer = module.Trainer(cfg, module.World(0, 1, device), learns=False)
         trainer.load(saved["state"])

@@ -1,5 +1,5 @@
 """
-Train a GPT-2-class model (115M active parameters) to 3.28 validation loss on FineWeb, as fast as the machine allows.
+Train a GPT-2-class model (122M active parameters) to 3.28 validation loss on FineWeb, as fast as the machine allows.
 
     ./run.sh                                              8, 4, 2 or 1 GPUs, or the smoke preset on a CPU
     torchrun --standalone --nproc_per_node=8 train_gpt.py
@@ -34,39 +34,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import runtime
 import triton_kernels
-from runtime import (
-    Checkpoints,
-    Clock,
-    Console,
-    Log,
-    Profile,
-    UserError,
-    World,
-    connect,
-    device_sync,
-    expected_memory,
-    fail,
-    file_hash,
-    find,
-    finish_log,
-    gpu_description,
-    knob,
-    leave,
-    new_log,
-    option_fields,
-    parse_arguments,
-    peak_host_mib,
-    plain,
-    print_help,
-    python_command,
-    read_checkpoint,
-    shell,
-    speak_on_sigterm,
-    start_reading,
-    start_world,
-    told,
-)
+from runtime import Checkpoints, Clock, Console, Log, Profile, UserError, World, knob
 from triton_kernels import Kernels, documents
 
 ROOT = Path(__file__).resolve().parent  # paths count from here
@@ -145,6 +115,7 @@ GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=377
     Layer("", skip_from=3),
     Layer("short", exclusive=True, final=-0.5),
     Layer("short", value_embed=True),
+    Layer("short", exclusive=True),
     Layer("short", paired=True, value_embed=True, reads=7, final=0.0),
     Layer("long", key_offset=True, value_embed=True, reads=7, mixes=7),
 ))
@@ -261,7 +232,7 @@ PRESETS = {
 
 def parse_options(argv: list[str]) -> Config:
     """key=value arguments to a Config: defaults, then the preset, then the given values. Raises UserError."""
-    given = parse_arguments(argv, Config, "train_gpt.py")
+    given = runtime.parse_arguments(argv, Config, "train_gpt.py")
     preset = given.get("preset", "official")
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.0)
@@ -806,12 +777,9 @@ class Optimizer:
         return (shape_factor * rates).to(p.device, torch.promote_types(p.dtype, torch.float32)).view(-1, 1, 1)
 
     def reset(self) -> None:
-        for tensor in self.tensors().values():
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        for tensor in (*self.tensors().values(), *self.sums.values(), *grads):
             tensor.zero_()
-        for p in self.params.values():
-            p.grad = None
-        for sums in self.sums.values():
-            sums.zero_()
 
     def gradient(self, name: str) -> Tensor | None:
         """What has gathered; sums go to other processes in the table's dtype."""
@@ -839,9 +807,7 @@ class Optimizer:
             grad, work = reduced.pop(name)
             work.wait()
             self.update(name, grad, step)
-            self.params[name].grad = None
-            if name in self.sums:
-                self.sums[name].zero_()
+            self.sums.get(name, self.params[name].grad).zero_()  # in its place, where captured graphs add to it
             if name != "small":  # whole on every process
                 gathers.append(self.world.all_gather(self.params[name].data))
         for work in gathers:
@@ -902,7 +868,7 @@ def more_shards(cfg: Config, needed: int = 0) -> str:
     """What to do for shards that are missing."""
     if not own_shards(cfg):
         return "put more token shards there (data/README.md)"
-    command = cfg.fetch.replace("python", python_command(), 1)
+    command = cfg.fetch.replace("python", runtime.python_command(), 1)
     return f"run `{command.replace(' 9', f' {needed}') if needed > 9 else command}`"
 
 
@@ -1158,13 +1124,13 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
     log.write(f"{'=' * 100}\nenvironment\n{'=' * 100}")
     log.write(f"python:{platform.python_version()} " + " ".join(f"{k}:{v}" for k, v in versions.items())
               + f" cuda:{torch.version.cuda}")
-    log.write(f"hardware:{world.size}x {gpu_description(world.device)}")
-    log.write("driver:" + shell("nvidia-smi", "--query-gpu=driver_version,name,power.limit,clocks.max.sm",
+    log.write(f"hardware:{world.size}x {runtime.gpu_description(world.device)}")
+    log.write("driver:" + runtime.shell("nvidia-smi", "--query-gpu=driver_version,name,power.limit,clocks.max.sm",
                                 "--format=csv,noheader").replace("\n", " | "))
-    commit, changed = shell("git", "rev-parse", "HEAD"), shell("git", "status", "--short").split("\n")
+    commit, changed = runtime.shell("git", "rev-parse", "HEAD"), runtime.shell("git", "status", "--short").split("\n")
     log.write(f"git:{commit} changed files:{', '.join(filter(None, changed)) or 'none'}" if "(" not in commit
               else "git:no commit here; the sources above are what ran")
-    log.write(f"token tables:sha256 {file_hash(cfg.token_tables)}")
+    log.write(f"token tables:sha256 {runtime.file_hash(cfg.token_tables)}")
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         rows = value if field.name == "stages" else value.layers if field.name == "shape" else ()
@@ -1179,6 +1145,29 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
 
 # ==================== Train ====================
 
+class Graphs:
+    """Functions of a key and tensors as CUDA graphs of one launch, else the GPU waits for the host (NOTES.md, 26, 29).
+    Until `on` they run as they are, which compiles them; then a key's first call captures, and each replays. What they
+    use beside the tensors stays in its place; the next call overwrites the result. All share one memory."""
+
+    def __init__(self):
+        self.on, self.captured, self.pool = False, {}, None
+
+    def run(self, function: Callable, key, *inputs: Tensor) -> Tensor:
+        if not self.on:
+            return function(key, *inputs)
+        if (function, key) not in self.captured:
+            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # runs nothing
+                result = function(key, *held)
+            self.captured[function, key], self.pool = (graph, held, result), graph.pool()
+        graph, held, result = self.captured[function, key]
+        for mine, given in zip(held, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return result
+
+
 class Trainer:
     """A model, its optimizer and the one train_step and the one evaluate that warm-up, trials and the run all use.
     learns=False leaves the optimizer out: to use a trained model."""
@@ -1191,7 +1180,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model, cfg, world, self.compiled) if learns else None
         if self.compiled:
             torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
-        wrap = compiler(self.compiled)
+        wrap, self.graphs = compiler(self.compiled), Graphs()
         self.slice_loss, self.hidden, self.token_losses = wrap(slice_loss), wrap(self.model.forward), wrap(token_losses)
         longest = max(*(stage.tokens // cfg.slices for stage in cfg.stages), cfg.val_slice_tokens)
         self.rotary = [rotary_tables(cfg, stage, 2 * longest, world.device, self.dtype)  # paired heads: 2 rows a token
@@ -1202,7 +1191,9 @@ class Trainer:
         cfg, share, ends = self.cfg, self.cfg.slices // self.world.size, stage_ends(self.cfg)
         dtype = str(self.dtype).removeprefix("torch.")
         gradients = [self.optimizer.sums.get(name, p) for name, p in self.optimizer.params.items()]
-        memory = f"memory: {expected_memory(cfg, [*self.state().values(), *gradients]):,} MiB expected"
+        gpu = [f"memory: {runtime.expected_memory(cfg, [*self.state().values(), *gradients]):,} MiB expected",
+               f"speed: {runtime.product_rate(self.world.device):.0f} TFLOP/s in an 8192-cubed bfloat16 product"
+               ] if self.world.device.type == "cuda" else []
         rows = [f"stage {i}: steps {start}-{min(end, cfg.last_step) - 1}, {stage.tokens:,} tokens a step = "
                 f"{self.world.size} process(es) x {share} slice(s) x {stage.tokens // cfg.slices:,} tokens, documents "
                 f"cut at {stage.max_doc}, windows {stage.short}/{stage.long}"
@@ -1212,8 +1203,7 @@ class Trainer:
                 f"data: {plan.tokens:,} training tokens from {plan.shards} shard(s), {cfg.val_tokens:,} for validation",
                 f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters, {dtype}, head "
                 f"{'fp8' if self.fp8 else dtype}, torch.compile {'on' if self.compiled else 'off'}",
-                "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items()),
-                *[memory] * (self.world.device.type == "cuda")]
+                "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items()), *gpu]
 
     def reset(self, seed: int) -> None:
         self.model.init_weights(seed)
@@ -1223,16 +1213,20 @@ class Trainer:
         """Forward, backward and update on this process's slices; returns its share of the loss, a device scalar in
         nats (the mean over tokens and multi-token weights)."""
         self.phase, stage, weights = "training", stage_at(self.cfg, step), target_weights(self.cfg, step)
-        view, max_doc = stage_view(self.cfg, stage), self.cfg.stages[stage].max_doc
         on_device = torch.tensor(weights).to(self.world.device, non_blocking=True)
         total = 0.0
         for batch in batches:
             self.world.watch.begin()
-            loss = self.slice_loss(self.model, *batch, max_doc, *self.rotary[stage], view, on_device, self.fp8)
-            (loss / self.cfg.slices).backward()
-            total = total + loss.detach()
+            total = total + self.graphs.run(self.learn_slice, stage, *batch, on_device)
         self.optimizer.step(step)
         return total / (self.cfg.stages[stage].tokens * sum(weights))
+
+    def learn_slice(self, stage: int, tokens: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
+        """Forward and backward of one slice: adds to the gradients and returns the loss, summed over its tokens."""
+        loss = self.slice_loss(self.model, tokens, cu_seqlens, self.cfg.stages[stage].max_doc, *self.rotary[stage],
+                               stage_view(self.cfg, stage), weights, self.fp8)
+        (loss / self.cfg.slices).backward()
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, step: int, validation: Validation) -> float:
@@ -1241,12 +1235,17 @@ class Trainer:
         total = torch.zeros((), device=self.world.device, dtype=torch.float64)
         for tokens, cu_seqlens in validation.slices:
             self.world.watch.begin()
-            tokens, cu_seqlens = tokens.to(self.world.device), cu_seqlens.to(self.world.device)
-            x = self.hidden(tokens[:-1], cu_seqlens, validation.max_doc, *self.rotary[stage], view)
-            for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True):
-                total += self.token_losses(rows, self.model.head, targets).double().sum()
+            total += self.graphs.run(self.evaluate_slice, (stage, view, validation.max_doc),
+                                     tokens.to(self.world.device), cu_seqlens.to(self.world.device))
         self.world.all_reduce(total)[1].wait()
         return total.item() / self.cfg.val_tokens
+
+    def evaluate_slice(self, seen: tuple[int, View, int], tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Next-token loss of one slice, summed over its tokens, float64. seen: stage, view and longest document."""
+        stage, view, max_doc = seen
+        x = self.hidden(tokens[:-1], cu_seqlens, max_doc, *self.rotary[stage], view)
+        return sum(self.token_losses(rows, self.model.head, targets).double().sum()
+                   for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True))
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that training changes, as this process holds it."""
@@ -1292,11 +1291,22 @@ class Trainer:
                 saved = saved[begin:begin + len(tensor)]
                 tensor[:len(saved)].copy_(saved)
 
-    @torch.no_grad()
     def warm_up(self, plan: Plan, validation: Validation, console: Console) -> None:
-        """Runs every graph that the run needs (each stage with and without Adam, each validation view) on made-up
-        tokens, then puts every bit of state back to its start. Outside the clock; sees no token of the data."""
-        begin, last = time.perf_counter(), stage_at(self.cfg, max(0, self.cfg.last_step - 1))
+        """Compiles all that the run needs, then captures it, where it can be; puts every bit of state back to its
+        start. Outside the clock; sees no token of the data."""
+        begin = time.perf_counter()
+        for word in ("ready", "captured") if self.compiled and self.world.device.type == "cuda" else ("ready",):
+            self.graphs.on = word == "captured"
+            for i, stages in self.rehearse(plan, validation):
+                runtime.device_sync(self.world.device)
+                console.say(f"warm-up: stage {i + 1} of {stages} {word} after {time.perf_counter() - begin:.0f} s")
+        self.reset(self.cfg.seed)
+        self.world.barrier()
+
+    def rehearse(self, plan: Plan, validation: Validation) -> Iterable[tuple[int, int]]:
+        """Each stage with and without Adam and each validation view, on made-up tokens; gives a stage's number, among
+        how many, when it is through."""
+        last = stage_at(self.cfg, max(0, self.cfg.last_step - 1))
         for i, (start, end) in enumerate(itertools.pairwise([0, *stage_ends(self.cfg)][:last + 2])):
             if start >= end:
                 continue
@@ -1305,20 +1315,16 @@ class Trainer:
             batches = [Batch(*(torch.from_numpy(x).to(self.world.device) for x in
                                made_up_batch(draw, count, plan.documents[i])))
                        for _ in range(self.cfg.slices // self.world.size)]
-            with torch.enable_grad():
-                self.train_step(start, batches)
-                self.train_step(start + 1 - start % 2 if start + 1 < end else start, batches)
+            self.train_step(start, batches)
+            self.train_step(start + 1 - start % 2 if start + 1 < end else start, batches)
             if self.cfg.val_every or i == last:
                 tokens, table = (len(x) for x in validation.slices[0])
                 documents = -(-tokens // validation.max_doc)
                 dummy = Batch(*(torch.from_numpy(x) for x in made_up_batch(draw, tokens - 1, documents, table - 1)))
-                self.evaluate(start, Validation([dummy], validation.max_doc))
-                if i == last and self.cfg.last_step == self.cfg.total_steps:
-                    self.evaluate(self.cfg.total_steps, Validation([dummy], validation.max_doc))
-            device_sync(self.world.device)
-            console.say(f"warm-up: stage {i + 1} of {last + 1} ready after {time.perf_counter() - begin:.0f} s")
-        self.reset(self.cfg.seed)
-        self.world.barrier()
+                whole = i == last and self.cfg.last_step == self.cfg.total_steps
+                for step in (start, self.cfg.total_steps)[:1 + whole]:
+                    self.evaluate(step, Validation([dummy], validation.max_doc))
+            yield i, last + 1
 
 
 def made_up_batch(draw: np.random.Generator, count: int, documents: int, rows: int | None = None):
@@ -1366,7 +1372,7 @@ FIXED = ("seed", "steps", "slices", "dtype", "shape", "stages")  # what a run ca
 
 def describe_config(cfg: Config, dtype: torch.dtype) -> dict:
     """Every setting as a plain value, for a checkpoint."""
-    return {name: plain(getattr(cfg, name)) for name in (*option_fields(Config), "shape", "stages")} \
+    return {name: runtime.plain(getattr(cfg, name)) for name in (*runtime.option_fields(Config), "shape", "stages")} \
         | {"dtype": str(dtype).removeprefix("torch.")}
 
 
@@ -1387,7 +1393,7 @@ def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list
     go on from it."""
     if not cfg.resume:
         return {}, []
-    saved, now = read_checkpoint(find(cfg.resume), SAVED), describe_config(cfg, dtype)
+    saved, now = runtime.read_checkpoint(runtime.find(cfg.resume), SAVED), describe_config(cfg, dtype)
     for key in FIXED:
         if saved["config"].get(key) != now[key]:
             if key in ("shape", "stages"):
@@ -1405,7 +1411,7 @@ def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list
     unlike = [f"{key}={now[key]} (was {saved['config'].get(key)})" for key in now
               if key.startswith(("lr_", "cooldown", "momentum", "extension", "fp8", "kernels"))
               and saved["config"].get(key) != now[key]]
-    unlike += ["another token table"] * (saved["token_tables"] != file_hash(cfg.token_tables))
+    unlike += ["another token table"] * (saved["token_tables"] != runtime.file_hash(cfg.token_tables))
     unlike += [f"another {name}" for name in FILES if saved["sources"].get(name) != SOURCES[name]]
     return saved, [f"resumed:{cfg.resume} at step {saved['step']}, with {', '.join(unlike) or 'its settings'}"]
 
@@ -1429,8 +1435,6 @@ class Trial:
                 self.trainer.load(self.saved["state"])
                 self.first, clock.trained, self.total, self.tokens = (
                     self.saved[key] for key in ("step", "train_time", "total_time", "tokens"))
-            if self.world.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.world.device)
             self.world.barrier()
         self.begin = time.perf_counter() - self.total
         clock.start()  # inside the clock: all from here on, the reading of every shard included, but validation and
@@ -1462,7 +1466,7 @@ class Trial:
             loss = self.trainer.train_step(step, loader.next())
             self.tokens += cfg.stages[stage_at(cfg, step)].tokens
             if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
-                self.pending.append((step + 1, clock.read(), *start_reading(self.world, loss)))
+                self.pending.append((step + 1, clock.read(), *runtime.start_reading(self.world, loss)))
             self.flush()
             self.console.step(step + 1, self.tokens, clock.read())
         self.total = time.perf_counter() - self.begin
@@ -1489,7 +1493,7 @@ class Trial:
                 step=step, train_time=self.clock.read(), total_time=time.perf_counter() - self.begin,
                 tokens=self.tokens, val_loss=self.val_loss, position=position, state=state, sources=SOURCES,
                 config=describe_config(self.cfg, self.trainer.dtype) | {"seed": self.seed},
-                checksums=self.plan.checksums[:position[0]], token_tables=file_hash(self.cfg.token_tables)))
+                checksums=self.plan.checksums[:position[0]], token_tables=runtime.file_hash(self.cfg.token_tables)))
             self.world.barrier()
         self.say(line)
 
@@ -1516,13 +1520,13 @@ class Trial:
     def result(self) -> dict:
         cfg, world, steps, seconds = self.cfg, self.world, self.cfg.last_step, self.clock.read()
         peak = [f(world.device) / 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] \
-            if world.device.type == "cuda" else [peak_host_mib()] * 2
+            if world.device.type == "cuda" else [runtime.peak_host_mib()] * 2
         return {"val_loss": round(self.val_loss, 6), "train_time_ms": round(1e3 * seconds),
                 "first_step_to_last_validation_ms": round(1e3 * self.total),
                 "step_avg_ms": round(1e3 * seconds / steps, 3), "steps": steps, "scheduled_steps": cfg.total_steps,
                 "tokens": self.tokens, "seed": self.seed, **({"resumed_at": self.first} if self.first else {}),
                 "preset": cfg.preset, "processes": world.size,
-                "hardware": f"{world.size}x {gpu_description(world.device)}",
+                "hardware": f"{world.size}x {runtime.gpu_description(world.device)}",
                 "peak_memory_allocated_mib": round(peak[0]), "peak_memory_reserved_mib": round(peak[1])}
 
 
@@ -1538,30 +1542,30 @@ def train(cfg: Config, world: World) -> None:
         read_token_tables(cfg)
     dtype, *_ = choose(cfg, world.device)  # what this machine cannot do,
     saved, notes = read_resume(cfg, dtype, plan)  # what this run cannot go on from, and
-    log = new_log(cfg, world)  # a folder that cannot be written, are known before the compilation
+    log = runtime.new_log(cfg, world)  # a folder that cannot be written, are known before the compilation
     results = []
-    with told(cfg, world), clock.region("process group and model"):
-        world = connect(world)
+    with runtime.told(cfg, world), clock.region("process group and model"):
+        world = runtime.connect(world)
         trainer = Trainer(cfg, world)
         if saved:
             trainer.load(saved["state"])  # that of another model is refused before the compilation
     for line in trainer.describe(plan):
         console.say(line)
     log_header(log, cfg, trainer, plan)
-    with told(cfg, world, trainer), clock.region("compilation and warm-up"):
+    with runtime.told(cfg, world, trainer), clock.region("compilation and warm-up"):
         trainer.reset(cfg.seed)
         trainer.warm_up(plan, validation, console)
     for k in range(cfg.trials):
         if k:
-            log, clock = new_log(cfg, world), Clock(world.device)
+            log, clock = runtime.new_log(cfg, world), Clock(world.device)
             log_header(log, cfg, trainer, plan)
         trial = Trial(trainer, plan, clock, console, log, cfg.seed + k, saved)
         for line in notes:
             trial.say(line)
         log.write(f"seed:{trial.seed}")
-        with told(cfg, world, trainer, trial.checkpoints):
+        with runtime.told(cfg, world, trainer, trial.checkpoints):
             results.append(trial.run(files, validation))
-        finish_log(log, clock, console, results[-1])
+        runtime.finish_log(log, clock, console, results[-1])
     if cfg.trials > 1:
         losses = np.array([result["val_loss"] for result in results])
         console.say(f"{cfg.trials} trials: val_loss {losses.mean():.4f}, standard deviation {losses.std(ddof=1):.4f}")
@@ -1575,22 +1579,22 @@ def fetch(cfg: Config, world: World) -> int:
 def main(argv: list[str]) -> int:
     """Runs a command line; returns the exit code. 2: bad input, 3: out of memory."""
     if argv and argv[0] in ("help", "--help", "-h"):
-        print_help(__doc__, Config)
+        runtime.print_help(__doc__, Config)
         return 0
     try:
         command, argv = (fetch, argv[1:]) if argv and argv[0] == "fetch" else (train, argv)
         cfg = parse_options(argv)
-        return command(cfg, start_world(cfg)) or 0
+        return command(cfg, runtime.start_world(cfg)) or 0
     except UserError as error:
-        return fail(str(error), error.code, everywhere=error.code in (3, 4))
+        return runtime.fail(str(error), error.code, everywhere=error.code in (3, 4))
     except KeyboardInterrupt:
-        return fail("interrupted", 130)
+        return runtime.fail("interrupted", 130)
 
 
 if __name__ == "__main__":
-    speak_on_sigterm()
+    runtime.speak_on_sigterm()
     code = main(sys.argv[1:])
     if code:
-        leave(code)
+        runtime.leave(code)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import runtime  # noqa: E402
 import train_gpt  # noqa: E402
 from train_gpt import Config, UserError, World  # noqa: E402
 
@@ -27,7 +28,7 @@ def software_rows(world: World):
         yield "CUDA", "no GPU: the smoke preset runs on the CPU", ""
         return
     yield "CUDA", str(torch.version.cuda), ""
-    drivers = train_gpt.shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    drivers = runtime.shell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     yield "driver", drivers.split("\n")[0], ""
     triton = importlib.util.find_spec("triton")
     yield ("triton", importlib.import_module("triton").__version__ if triton else "absent: plain PyTorch takes the "
@@ -35,7 +36,7 @@ def software_rows(world: World):
 
 
 def hardware_rows(cfg: Config, world: World):
-    yield "device", f"{torch.cuda.device_count() or 1}x {train_gpt.gpu_description(world.device)}", ""
+    yield "device", f"{torch.cuda.device_count() or 1}x {runtime.gpu_description(world.device)}", ""
     capability = torch.cuda.get_device_capability(world.device) if world.device.type == "cuda" else (0, 0)
     dtype = train_gpt.choose_dtype(cfg, capability)
     name = str(dtype).removeprefix("torch.")
@@ -76,14 +77,14 @@ def all_reduce_row(world: World):
     if world.size == 1:
         yield "all-reduce", "one process, none needed", ""
         return
-    train_gpt.connect(world)
+    runtime.connect(world)
     data = torch.ones(2**18, device=world.device)
     for i in range(25):
         if i == 5:
-            train_gpt.device_sync(world.device)
+            runtime.device_sync(world.device)
             begin = time.perf_counter()
         dist.all_reduce(data)
-    train_gpt.device_sync(world.device)
+    runtime.device_sync(world.device)
     seconds = (time.perf_counter() - begin) / 20
     dist.destroy_process_group()
     yield "all-reduce", f"1 MB in {1e6 * seconds:.0f} us, {data.nbytes / seconds / 1e9:.2f} GB/s", ""
@@ -95,9 +96,9 @@ def main(argv: list[str]) -> int:
     collective = argv[:1] == ["all-reduce"]
     try:
         cfg = train_gpt.parse_options(argv[collective:])
-        world = train_gpt.start_world(cfg)
+        world = runtime.start_world(cfg)
     except UserError as error:
-        return train_gpt.fail(str(error), 2)
+        return runtime.fail(str(error), 2)
     rows = list(all_reduce_row(world)) if collective else [
         *software_rows(world), *hardware_rows(cfg, world), *disk_rows(), *data_rows(cfg, world)]
     if world.rank == 0:

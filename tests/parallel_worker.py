@@ -5,14 +5,15 @@ from pathlib import Path
 import torch
 from conftest import tiny_config
 
+import runtime
 import train_gpt
 from train_gpt import Loader, Trainer
 
 
 def main(shards: Path, out: Path, dtype: str) -> None:
     cfg = tiny_config(shards, dtype=dtype)
-    world = train_gpt.start_world(cfg)
-    world = train_gpt.connect(world)
+    world = runtime.start_world(cfg)
+    world = runtime.connect(world)
     files = train_gpt.find_shards(cfg, "train_files")
     plan, validation = train_gpt.plan_run(cfg, files), train_gpt.read_validation(cfg, world)
     trainer, losses, slices = Trainer(cfg, world), [], []

@@ -286,7 +286,7 @@ def test_validation_shards_with_no_token_after_the_last_are_refused(refused, sha
     refused([*SMOKE, globs(shards)[0], globs(tmp_path)[1]], "val_tokens=512", "513", "hold 512", "lower val_tokens=")
     write_shard(tmp_path / "val_000001.bin", random_stream(4, 213))
     cfg = train_gpt.parse_options([*SMOKE, globs(tmp_path)[1]])
-    assert len(train_gpt.read_validation(cfg, train_gpt.start_world(cfg)).slices) == 8
+    assert len(train_gpt.read_validation(cfg, runtime.start_world(cfg)).slices) == 8
 
 
 ########################################
@@ -378,7 +378,7 @@ def test_more_processes_than_gpus_are_refused_on_every_process(monkeypatch, caps
     for rank in range(4):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         with pytest.raises(train_gpt.UserError, match=r"2 found: start at most 2 .* NPROC=2 \./run\.sh"):
-            train_gpt.start_world(tiny_config(Path("none")))
+            runtime.start_world(tiny_config(Path("none")))
 
 
 def test_run_sh_refuses_a_number_of_processes_that_is_none():

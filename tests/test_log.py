@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
+import runtime
 import train_gpt
 
 VALIDATION = re.compile(r"step:(\d+)/(\d+) val_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
@@ -41,7 +42,7 @@ class Watched(train_gpt.Trainer):
         super().warm_up(*args)
         self.warming = False
         self.changed = [name for name, tensor in self.state().items() if not torch.equal(tensor, before[name])]
-        self.grads = [name for name, p in self.model.named_parameters() if p.grad is not None]
+        self.grads = [name for name, p in self.model.named_parameters() if p.grad is not None and p.grad.any()]
 
     def train_step(self, step, batches):
         loss = super().train_step(step, batches)
@@ -140,7 +141,7 @@ def test_versions_hardware_and_git_state_follow_the_source(run):
     assert {"triton", "cuda"} <= set(versions)
     assert lines[1] == f"hardware:1x cpu ({platform.machine()}, {os.cpu_count()} cores)"
     assert lines[2].startswith("driver:")
-    commit = train_gpt.shell("git", "rev-parse", "HEAD")
+    commit = runtime.shell("git", "rev-parse", "HEAD")
     if "(" in commit:  # a copy without its history
         assert lines[3] == "git:no commit here; the sources above are what ran"
     else:

@@ -55,16 +55,19 @@ def test_losses_agree_to_rounding(runs):
 
 
 def test_weights_agree_to_rounding_and_are_the_same_on_every_process(runs):
-    """Orthogonalisation multiplies rounding by up to 1,000. By the norm: an Adam step is as large as its rate however
-    small the gradient, so the few elements whose gradients are nothing but rounding go either way."""
+    """Orthogonalisation multiplies rounding by up to 1,000. By the norm of all but one element in 100,000: an Adam step
+    is as large as its rate however small the gradient, so those whose gradients are nothing but rounding go either way
+    (seen: 2 of 1.6 million, with which the norm of the difference is hundreds of times what it is without)."""
     dtype, results = runs
-    tolerance = {"float32": 2e-4, "float64": 1e-11}[dtype]
+    tolerance = {"float32": 2e-5, "float64": 1e-11}[dtype]
     for size in SIZES[1:]:
         for name, weight in results[1][0]["weights"].items():
             theirs = results[size][0]["weights"][name]
             if not weight.is_floating_point():  # tables of tokens
                 assert torch.equal(theirs, weight), (size, name)
                 continue
-            assert (theirs - weight).norm() <= tolerance * weight.norm(), (size, name)
+            difference = (theirs - weight).abs().flatten().sort().values
+            kept = difference[:len(difference) - len(difference) // 100_000]
+            assert kept.norm() <= tolerance * weight.norm(), (size, name)
             for result in results[size][1:]:
                 assert torch.equal(result["weights"][name], theirs), (size, name)

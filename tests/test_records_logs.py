@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_config
 
+import runtime
 import train_gpt
 from records.check import needed_sources, record_folders
 from records.ladder import tokens_done
@@ -109,7 +110,7 @@ def test_what_the_trainer_writes_is_read(shards, tmp_path):
         written.write(line)
     result = {"val_loss": 2.5, "train_time_ms": 90, "steps": 14, "tokens": 5, "seed": 7, "processes": 1,
               "peak_memory_allocated_mib": 1, "peak_memory_reserved_mib": 2}
-    train_gpt.finish_log(written, train_gpt.Clock(world.device), SimpleNamespace(say=lambda text: None), result)
+    runtime.finish_log(written, train_gpt.Clock(world.device), SimpleNamespace(say=lambda text: None), result)
     log = read_log(path)
     assert log.sources == train_gpt.SOURCES and log.result == result and log.seed == 7
     assert log.config.keys() == {field.name for field in dataclasses.fields(cfg)}

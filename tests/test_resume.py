@@ -25,14 +25,14 @@ from pathlib import Path
 import runtime
 import train_gpt
 from conftest import tiny_config
-train_gpt.speak_on_sigterm()
+runtime.speak_on_sigterm()
 runtime.Watch.PATIENCE = runtime.Watch.STUCK = 6  # seconds, for a shorter test
 options = dict(option.split("=", 1) for option in sys.argv[2:])
 options = {key: int(value) if value.isdecimal() else value for key, value in options.items()}
 cfg = tiny_config(Path(sys.argv[1]), **options)
 train_gpt.parse_options = lambda argv: cfg
 code = train_gpt.main([])
-train_gpt.leave(code)
+runtime.leave(code)
 """
 LINE = re.compile(r"step:(\d+)/\d+ (train|val)_loss:(\S+) ")
 

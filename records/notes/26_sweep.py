@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import runtime  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 FREE = ("lr_normuon", "lr_adam", "cooldown", "lr_floor", "momentum_warmup", "momentum_cooldown", "seed")
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> None:
     for cfg in configs:
         fixed = {key: getattr(base, key) for key in FREE}
         assert dataclasses.replace(cfg, **fixed) == base, f"only {', '.join(FREE)} may change"
-    world = t.connect(t.start_world(base))
+    world = runtime.connect(runtime.start_world(base))
     files = t.find_shards(base, "train_files")
     plan, validation = t.plan_run(base, files), t.read_validation(base, world)
     trainer = t.Trainer(base, world)
@@ -30,13 +31,14 @@ def main(argv: list[str]) -> None:
     trainer.warm_up(plan, validation, t.Console(base.last_step, base.log_every, 0))
     for change, cfg in zip(argv[cut + 1:], configs, strict=True):
         trainer.cfg = trainer.optimizer.cfg = cfg
-        log, clock, console = t.new_log(cfg, world), t.Clock(world.device), t.Console(cfg.last_step, cfg.log_every, 0)
+        log, clock = runtime.new_log(cfg, world), t.Clock(world.device)
+        console = t.Console(cfg.last_step, cfg.log_every, 0)
         t.log_header(log, cfg, trainer, plan)
         log.write(f"sweep:{change}")
         trial = t.Trial(trainer, plan, clock, console, log, cfg.seed, {})
         try:
             result = trial.run(files, validation)
-            t.finish_log(log, clock, console, result)
+            runtime.finish_log(log, clock, console, result)
             print(f"{change}: {result['val_loss']:.4f} in {result['train_time_ms'] / 1000:.1f} s", flush=True)
         except t.UserError as error:  # a run that diverges ends alone
             print(f"{change}: {error}", flush=True)
