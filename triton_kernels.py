@@ -5,7 +5,6 @@ its public function. A shape, layout, device or dtype that a section does not li
 section, picks a run's functions for its GPU. Measured times: records/NOTES.md. The file imports without Triton. Under
 TRITON_INTERPRET=1, set before triton is first imported, the operators take CPU tensors, for tests without a GPU.
 """
-
 import functools
 import os
 import struct
@@ -45,7 +44,7 @@ def kernels_available(device: torch.device | str) -> bool:
 def operation(reference: Callable, outputs: Callable, dtypes: Sequence[torch.dtype] = (), changes: Sequence[str] = ()):
     """Decorates the function NAME that launches an operation's kernels. NAME.kernel becomes an operator, which
     torch.compile takes whole, with results like those of `outputs`, writing to its arguments `changes`. NAME is it
-    where it runs and the first argument has one of `dtypes`, if any, else `reference`; it is not differentiable."""
+    where it runs and the first tensor has one of `dtypes`, if any, else `reference`; it is not differentiable."""
     def decorate(launch: Callable) -> Callable:
         operator = torch.library.custom_op(f"speedrun::{launch.__name__}", launch, mutates_args=changes)
         operator.register_fake(outputs)
@@ -53,7 +52,7 @@ def operation(reference: Callable, outputs: Callable, dtypes: Sequence[torch.dty
         @torch.no_grad()
         @functools.wraps(launch)
         def function(*args, **options):
-            first = args[0] if args else next(iter(options.values()))
+            first = [x for x in (*args, *options.values()) if isinstance(x, Tensor)][0]
             runs = kernels_available(first.device) and (not dtypes or first.dtype in dtypes)
             return (operator if runs else reference)(*args, **options)
         function.kernel = operator
@@ -91,10 +90,10 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 # --- Causal attention over packed documents with a left window --------------------------------------------------------
 #     out_i = gate_i * sum_j softmax_j(scale * q_i . k_j) v_j   over j <= i <= j + window in i's document
 # qkv         (T, 2 H W + H V)  packed rows: H query, H key heads of width W, H value heads of width V; 64 or 128 each
-# documents   Documents         made once a batch by `documents`
+# documents   Documents         made once a batch of T tokens by `documents`; window 0 to 2^30, scale above 0
 # cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed, then channel j turns with channel j + W / 4,
 #                               and the second half of the channels stands still
-# gate        (T, H)            0 or more (its logarithm joins the log-sum-exp), or None, which is 1
+# gate        (T, H)            above 0 (its logarithm joins the log-sum-exp; at 0 its gradient is 0), or None, for 1
 # value       (T, H V)          or None. With it and value_gate (T, H), value_gate * value is added to v
 # paired                        token t becomes rows 2t and 2t + 1 of a sequence with half of the heads each
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
@@ -171,8 +170,8 @@ def attention_library(*args, **options) -> Tensor:
 def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset) -> None:
     if paired and heads % 2:
         raise ValueError(f"{heads} heads cannot be paired: take an even number.")
-    if key_offset and cos is None:
-        raise ValueError("key_offset shifts the channels that do not rotate: pass cos and sin.")
+    if (cos is None) != (sin is None) or (value is None) != (value_gate is None) or key_offset and cos is None:
+        raise ValueError("cos and sin, value and value_gate are pairs, and key_offset needs cos and sin: pass both.")
     tokens, rows = len(qkv), len(qkv) * (1 + paired)
     cos, sin = (x if x is None else x[:rows] for x in (cos, sin))  # they may be longer
     for name, x, shape in (("qkv", qkv, (tokens, heads * (2 * width + v_width))), ("gate", gate, (tokens, heads)),
@@ -443,8 +442,8 @@ def _attention(qkv: Tensor, first: Tensor, last: Tensor, heads: int, width: int,
     keys = TILE // 2 if window <= SMALL_WINDOW else TILE
     _attention_forward[grid](
         *tiles(TILE, keys, keys), TensorDescriptor.from_tensor(out.view(rows, -1), [TILE, v_width]), gate, lse, first,
-        rows, lse.size(1), window, scale, BOUNDED=cos is not None and scale * width < 40, KEYS=keys,
-        num_stages=3, **dims)
+        rows, lse.size(1), window, scale, KEYS=keys, num_stages=3, **dims,
+        BOUNDED=cos is not None and scale * width < 40 and qkv.dtype != torch.float16)  # whose range exp2 would leave
     return out, lse, *prepared
 
 
@@ -455,8 +454,12 @@ def _attention_outputs(qkv, first, last, heads, width, v_width, window, scale, c
         raise ValueError(f"the widths of Q/K and V are {width} and {v_width}: each must be 64 or 128.")
     if qkv.dtype not in (torch.bfloat16, torch.float16) and qkv.is_cuda:
         raise ValueError(f"qkv is {qkv.dtype}: convert it to bfloat16 or float16.")
+    if not 0 <= window <= 2**30 or not scale > 0:
+        raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and more than 0.")
     _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset)
     tokens, parts = len(qkv), 1 + paired
+    for x in (first, last):
+        _expect("what documents made", x, x.shape == (tokens,), (tokens,), (torch.int32,), qkv.device)
     lse = qkv.new_empty(heads // parts, -(-tokens * parts // TILE) * TILE, dtype=torch.float32)
     q, k, v = (qkv.new_empty(tokens if paired or made is not None else 0, heads * columns)
                for made, columns in ((cos, width), (cos, width), (value, v_width)))
@@ -510,7 +513,7 @@ _attention.register_autograd(_attention_gradients, setup_context=_attention_save
 
 
 def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
-    """attention_reference with its arguments, by the kernels on a GPU and by itself elsewhere."""
+    """attention_reference, with its arguments but the last two, by the kernels on a GPU and by itself elsewhere."""
     if not kernels_available(qkv.device):
         return attention_reference(qkv, documents, *args, **options)
     return _attention(qkv, documents.first, documents.last, *args, **options)[0]
@@ -522,7 +525,7 @@ def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
 # a     (T, D)   bf16, fp16, fp32 (the reference also float64) or FP8, row-major    input x, or gradient g of the output
 # w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
 # post  (T, F)   a's dtype, bf16 for FP8; None: forward
-# scale ()       fp32, or None: 1                                                    product of FP8 operands' scales
+# scale ()       fp32, not negative, or None: 1                                      product of FP8 operands' scales
 # post8 (T, F)   and, transposed, post8_t (F, T), e4m3, saturated at 448             where out_scale (), fp32, is given
 # amax  (n,)     fp32, one maximum for each program (NaNs left out); with post8      for the next step's out_scale
 # dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
@@ -1138,7 +1141,7 @@ def orthogonalise(g: Tensor) -> Tensor:
 #     transpose_copy:  out = src'           transpose_add_:  dst += src'
 #     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q',  amax = max |x|, one per matrix
 # src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
-# out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src
+# out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src, not src itself
 # x     (M, N) or (B, M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
 # q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2
 # scale ()  or, with a batch, (B,): fp32, in the device's memory      amax  () or (B,) fp32; NaN where x has one
@@ -1292,7 +1295,7 @@ Kernels = NamedTuple("Kernels", [(name, Callable) for name in CAPABILITIES])  # 
 def choose(capability: tuple[int, int], dtype: torch.dtype, mode: str = "auto") -> tuple[Kernels, dict[str, str]]:
     """The functions for a GPU of this compute capability ((0, 0): a CPU) and this dtype, and the kind of each for the
     log: "kernel", "library" or "reference". mode: "auto", or without this file's kernels "library", "reference"."""
-    able = triton is not None and mode == "auto" and dtype in (torch.bfloat16, torch.float16)
+    able = triton is not None and mode == "auto" and dtype == torch.bfloat16
     chosen, kinds = {}, {}
     for name, (low, high, kernel, reference) in CAPABILITIES.items():
         runs = able and low <= capability < high

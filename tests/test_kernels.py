@@ -40,6 +40,7 @@ def test_hopper_runs_every_kernel_in_bfloat16():
 
 @pytest.mark.parametrize(("capability", "dtype", "mode"), [
     (CPU, F32, "auto"), (CPU, BF16, "auto"), (TURING, F32, "auto"), (HOPPER, F32, "auto"), (HOPPER, BF16, "reference"),
+    (HOPPER, torch.float16, "auto"),
 ])
 def test_plain_pytorch_runs_without_the_hardware_or_on_request(capability, dtype, mode):
     chosen, kind = tk.choose(capability, dtype, mode)

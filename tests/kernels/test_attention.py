@@ -95,11 +95,30 @@ def test_large_scores_need_the_running_maximum():
     assert_is_reference([90], 1, 64, 64, DTYPES[1], 50, scale=1.0, rotary=True)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_float16_holds_what_normed_rows_that_are_alike_give(sign):
+    """Their scores reach scale * width: exp of 12.8 and of -25.6 without the running maximum would leave float16."""
+    q, v = torch.randn(2, 60, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    where = tk.documents(torch.arange(61, dtype=torch.int32, device=DEVICE), 1, 60)  # of one token: the output is v
+    cos = torch.ones(60, 32, device=DEVICE, dtype=torch.float16)
+    out = tk.attention(torch.cat((q, sign * q, v), 1), where, 1, 128, 128, 5, 0.1 if sign == 1 else 0.2, cos, 0 * cos)
+    assert torch.equal(out, v)
+
+
+def test_the_widest_window_is_all_of_the_documents():
+    tensors, where = attention_inputs([60, 75], 2, 64, 64, DTYPES[0], rotary=True)
+    dout = torch.randn(135, 128, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    wide, all_of_it = (differentiate(tk.attention, tensors, where, dout, 2, 64, 64, window, 0.1)
+                       for window in (2**30, 2 * tk.SMALL_WINDOW))
+    assert all(torch.equal(x, all_of_it[name]) for name, x in wide.items())
+
+
 def test_a_gate_of_zero_gives_zeros():
     tensors, where = attention_inputs([40], 2, 64, 64, DTYPES[0], rotary=True, gated=True)
     tensors["gate"][3:20] = 0
     found = differentiate(tk.attention, tensors, where, torch.ones(40, 128, device=DEVICE), 2, 64, 64, 30, 0.1)
-    assert (found["out"][3:20] == 0).all() and all(x.isfinite().all() for x in found.values())
+    assert all((found[name][3:20] == 0).all() for name in ("out", "gate"))
+    assert all(x.isfinite().all() for x in found.values())
 
 
 @pytest.mark.parametrize("seed", range(12 if CUDA else 4))
@@ -163,7 +182,15 @@ def test_a_kernel_may_be_the_first_work_of_a_thread():
     ({"width": 32}, "widths of Q/K and V are 32 and 64: each must be"),
     ({"qkv": torch.zeros(5, 383)}, r"qkv must be \(5, 384\).*of shape \(5, 383\)"),
     ({"heads": 1, "qkv": torch.zeros(5, 192), "paired": True}, "1 heads cannot be paired"),
-    ({"key_offset": True}, "pass cos and sin"),
+    ({"key_offset": True}, "key_offset needs cos and sin"),
+    ({"cos": torch.zeros(5, 16)}, "cos and sin, value and value_gate are pairs"),
+    ({"value_gate": torch.zeros(5, 2)}, "cos and sin, value and value_gate are pairs"),
+    ({"window": -1}, r"the window is -1 and the scale 0.1: take 0 to 2\*\*30, and more than 0"),
+    ({"window": 2**31 - 1}, "the window is 2147483647"),
+    ({"scale": 0.0}, "the window is 3 and the scale 0.0"),
+    ({"documents": tk.documents(torch.tensor([0, 3], dtype=torch.int32, device=DEVICE), 3, 3)},
+     r"what documents made must be \(5,\).*of shape \(3,\)"),
+    ({"documents": tk.documents(torch.tensor([0, 5], device=DEVICE), 5, 5)}, "torch.int32, not torch.int64"),
     ({"cos": torch.zeros(3, 16), "sin": torch.zeros(5, 16)}, r"start of cos must be \(5, 16\).*of shape \(3, 16\)"),
     ({"value": torch.zeros(5, 3), "value_gate": torch.zeros(5, 2)}, r"value must be \(5, 128\).*of shape \(5, 3\)"),
 ])

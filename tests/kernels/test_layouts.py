@@ -181,6 +181,16 @@ def test_wrong_transposes_are_named(call, message):
 
 
 @runs_kernel
+def test_arguments_may_be_named_in_any_order():
+    x, scale = draw(16, 32), torch.full((), 0.5, device=DEVICE)
+    for mine, theirs in zip(tk.quantize_transpose(dtype=E4, scale=scale, x=x), tk.quantize_transpose(x, scale, E4),
+                            strict=True):
+        assert torch.equal(mine.float(), theirs.float())
+    square = x[:, :16].contiguous()
+    assert torch.equal(tk.gram(b=0.5, c=2.0, x=square[None]), tk.gram(square[None], 0.5, 2.0))
+
+
+@runs_kernel
 def test_kernel_names_wrong_dtypes():
     x = draw(4, 6, dtype=F64)
     with pytest.raises(ValueError, match="src is torch.float64: its elements"):
