@@ -342,15 +342,15 @@ class Watch:
     def verdict(self) -> str | None:
         """Who is gone and how; None if nobody is."""
         with self.lock:
-            now, others = self.awake, [rank for rank in range(self.size) if (rank, "tick") in self.counts]
-            if now - self.answered > self.PATIENCE:
+            silence, others = self.awake - self.answered, [r for r in range(self.size) if (r, "tick") in self.counts]
+            if silence > self.PATIENCE:
                 return (f"rank {self.rank} has had no answer from the run's store, on the first node, for "
-                        f"{now - self.answered:.0f} s: that node or the network between is gone")
+                        f"{silence:.0f} s: that node or the network between is gone")
             alive = [rank for rank in others if self.counts[rank, "state"] != "done"]
-            for rank in alive:
-                if now - self.changed[rank, "tick"] > self.PATIENCE:
+            for rank in alive:  # as of the last answer
+                if self.answered - self.changed[rank, "tick"] > self.PATIENCE:
                     return f"rank {rank} gave no sign of life for {self.PATIENCE} s: it was killed, stopped or cut off"
-            still = min((now - self.changed[rank, "begun"] for rank in alive), default=0)
+            still = min((self.answered - self.changed[rank, "begun"] for rank in alive), default=0)
             limit = max(self.STUCK, self.SLOW * self.longest)
             if still > limit and all(self.counts[rank, "state"] == "work" for rank in alive):
                 begun = {rank: int(self.counts[rank, "begun"]) for rank in alive}

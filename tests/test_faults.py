@@ -117,6 +117,18 @@ def test_a_process_that_stood_still_itself_takes_nobody_for_gone(monkeypatch):
     assert said and "rank 1 gave no sign of life" in watch.verdict()
 
 
+def test_a_store_that_is_silent_makes_no_rank_silent(monkeypatch):
+    """What the others did since the last answer is not known: a node that is cut off says so and names no other."""
+    monkeypatch.setattr(runtime.Watch, "PATIENCE", 3)
+    watch = runtime.Watch(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 1, 2)
+    watch.counts = {(0, "tick"): "9", (0, "begun"): "4", (0, "state"): "work"}
+    watch.changed = {(0, "tick"): 96.0, (0, "begun"): 96.0}
+    store, rank = "rank 1 has had no answer from the run's store", "rank 0 gave no sign of life"
+    for awake, answered, verdict in ((100.0, 98.0, None), (102.0, 98.0, store), (100.0, 99.5, rank)):
+        watch.awake, watch.answered = awake, answered
+        assert (watch.verdict() or "").startswith(verdict or "") and bool(watch.verdict()) == bool(verdict)
+
+
 @pytest.mark.slow
 def test_sixteen_processes_train_as_one_does(shards, tmp_path):
     for processes in (1, 16):

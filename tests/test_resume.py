@@ -20,11 +20,13 @@ import train_gpt
 from runtime import UserError, read_checkpoint, write_checkpoint
 
 DRIVER = """
+import signal
 import sys
 from pathlib import Path
 import runtime
 import train_gpt
 from conftest import tiny_config
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 runtime.speak_on_sigterm()
 runtime.Watch.PATIENCE = runtime.Watch.STUCK = 6  # seconds, for a shorter test
 options = dict(option.split("=", 1) for option in sys.argv[2:])
