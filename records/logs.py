@@ -18,7 +18,7 @@ STEP = re.compile(r"step:(\d{1,18})/(\d{1,18})((?: \w+:\S*)+)")
 LLMC_STEP = re.compile(r"s:(\d{1,18}) (tel|trl):(\S+)(?: .*)?")
 MANGLED = re.compile(r"val_loss:| tel:| trl:")  # a line with one of these was a step line
 ENTRY = re.compile(  # of our environment
-    r"(hardware|driver|git|token tables|stage \d+|data|model|operations|resumed|seed): ?(.*)")
+    r"(hardware|driver|git|token tables|stage \d+|data|model|operations|memory|speed|resumed|seed): ?(.*)")
 VERSIONS = (  # of modded-nanogpt's environment
     re.compile(r"Running Python (?P<python>\S+)"),
     re.compile(r"Running py?torch (?P<torch>\S+) compiled for CUDA (?P<cuda>\S+)", re.I),
