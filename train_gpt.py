@@ -1520,7 +1520,7 @@ class Trial:
     def result(self) -> dict:
         cfg, world, steps, seconds = self.cfg, self.world, self.cfg.last_step, self.clock.read()
         peak = [f(world.device) / 2**20 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)] \
-            if world.device.type == "cuda" else [runtime.peak_host_mib()] * 2
+            if world.device.type == "cuda" else [runtime.peak_host_mib()] * 2  # since the start, warm-up included
         return {"val_loss": round(self.val_loss, 6), "train_time_ms": round(1e3 * seconds),
                 "first_step_to_last_validation_ms": round(1e3 * self.total),
                 "step_avg_ms": round(1e3 * seconds / steps, 3), "steps": steps, "scheduled_steps": cfg.total_steps,
