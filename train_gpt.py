@@ -1115,11 +1115,10 @@ def read_validation(cfg: Config, world: World) -> Validation:
 
 # ==================== Log ====================
 
-def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
-    """Everything needed to run this again: sources, versions, machine, git state, configuration."""
+def log_header(log: Log, cfg: Config, world: World, lines: list[str]) -> None:
+    """Everything needed to run this again: sources, versions, machine, git state, configuration, Trainer.describe's."""
     for name, source in SOURCES.items():
         log.write(f"{'=' * 100}\nsource: {name}\n{'=' * 100}\n{source}")
-    world = trainer.world
     versions = {name: getattr(sys.modules.get(name), "__version__", "absent") for name in ("torch", "numpy", "triton")}
     log.write(f"{'=' * 100}\nenvironment\n{'=' * 100}")
     log.write(f"python:{platform.python_version()} " + " ".join(f"{k}:{v}" for k, v in versions.items())
@@ -1139,7 +1138,7 @@ def log_header(log: Log, cfg: Config, trainer: "Trainer", plan: Plan) -> None:
             log.write("  " + " ".join(f"{k}={v}" for k, v in value._asdict().items() if k != "layers"))
         for row in rows:
             log.write(f"  {row}")
-    for line in trainer.describe(plan):
+    for line in lines:
         log.write(line)
 
 
@@ -1549,16 +1548,17 @@ def train(cfg: Config, world: World) -> None:
         trainer = Trainer(cfg, world)
         if saved:
             trainer.load(saved["state"])  # that of another model is refused before the compilation
-    for line in trainer.describe(plan):
+    lines = trainer.describe(plan)
+    for line in lines:
         console.say(line)
-    log_header(log, cfg, trainer, plan)
+    log_header(log, cfg, world, lines)
     with runtime.told(cfg, world, trainer), clock.region("compilation and warm-up"):
         trainer.reset(cfg.seed)
         trainer.warm_up(plan, validation, console)
     for k in range(cfg.trials):
         if k:
             log, clock = runtime.new_log(cfg, world), Clock(world.device)
-            log_header(log, cfg, trainer, plan)
+            log_header(log, cfg, world, lines)
         trial = Trial(trainer, plan, clock, console, log, cfg.seed + k, saved)
         for line in notes:
             trial.say(line)

@@ -55,9 +55,9 @@ def test_losses_agree_to_rounding(runs):
 
 
 def test_weights_agree_to_rounding_and_are_the_same_on_every_process(runs):
-    """Orthogonalisation multiplies rounding by up to 1,000. By the norm of all but one element in 100,000: an Adam step
-    is as large as its rate however small the gradient, so those whose gradients are nothing but rounding go either way
-    (seen: 2 of 1.6 million, with which the norm of the difference is hundreds of times what it is without)."""
+    """Orthogonalisation multiplies rounding by up to 1,000. By the norm, in float32 of all but one element in 100,000:
+    an Adam step is as large as its rate however small the gradient, so those whose gradients are nothing but rounding
+    go either way (seen: 2 of 1.6 million, which make up nearly all of the difference; NOTES.md, 29)."""
     dtype, results = runs
     tolerance = {"float32": 2e-5, "float64": 1e-11}[dtype]
     for size in SIZES[1:]:
@@ -67,7 +67,7 @@ def test_weights_agree_to_rounding_and_are_the_same_on_every_process(runs):
                 assert torch.equal(theirs, weight), (size, name)
                 continue
             difference = (theirs - weight).abs().flatten().sort().values
-            kept = difference[:len(difference) - len(difference) // 100_000]
+            kept = difference[:len(difference) - (len(difference) // 100_000 if dtype == "float32" else 0)]
             assert kept.norm() <= tolerance * weight.norm(), (size, name)
             for result in results[size][1:]:
                 assert torch.equal(result["weights"][name], theirs), (size, name)

@@ -9,6 +9,7 @@ import torch
 from conftest import tiny_config
 from test_log import train
 
+import runtime
 import train_gpt
 import triton_kernels
 from runtime import REGIONS, UserError, expected_memory, region_table
@@ -37,6 +38,19 @@ def test_kernels_are_counted_by_region_and_what_no_kernel_covers_is_idle():
     table = dict(re.match(r"profile: (.+?)  +(\S+) ms", row).groups() for row in region_table(events, 0.010, cuda=True))
     assert table == {"communication": "1.0", "loss": "1.0", "attention": "1.0", "optimizer": "0.0", "GEMM": "3.0",
                      "norms and other elementwise": "1.0", "idle": "4.0"}
+
+
+def test_the_product_s_rate_is_its_operations_over_its_time(monkeypatch):
+    """With small matrices in place of the large ones, and a clock on which each product takes two seconds."""
+    made, computed = [], []
+
+    def timer(statement, globals):
+        computed.append(eval(statement, globals).shape)
+        return SimpleNamespace(timeit=lambda count: SimpleNamespace(mean=2.0))
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: made.append(shape) or torch.zeros(2, 3, 3))
+    monkeypatch.setattr("torch.utils.benchmark.Timer", timer)
+    assert runtime.product_rate(torch.device("cpu")) == pytest.approx(8192**3 / 1e12)
+    assert made == [(2, 8192, 8192)] and computed == [(3, 3)]
 
 
 def test_a_profile_past_the_end_is_refused(shards):

@@ -102,10 +102,10 @@ def test_a_log_without_its_result_is_unfinished_and_ends_where_it_was_cut_off():
 def test_what_the_trainer_writes_is_read(shards, tmp_path):
     path, cfg = tmp_path / f"{UUID.format(1)}.txt", tiny_config(shards)
     world = SimpleNamespace(size=1, device=torch.device("cpu"))
-    trainer = SimpleNamespace(world=world, describe=lambda plan: [
-        "stage 0: steps 0-13", "model: 5 parameters", "operations: mlp kernel", "memory: 5 MiB expected", "speed: 790"])
+    lines = ["stage 0: steps 0-13", "model: 5 parameters", "operations: mlp kernel", "memory: 5 MiB expected",
+             "speed: 790"]
     written = train_gpt.Log(path)
-    train_gpt.log_header(written, cfg, trainer, None)
+    train_gpt.log_header(written, cfg, world, lines)
     for line in ("seed:7", "step:0/14 val_loss:10.5000 train_time:3ms step_avg:3.00ms",
                  "step:14/14 val_loss:2.5000 train_time:90ms step_avg:6.43ms"):
         written.write(line)

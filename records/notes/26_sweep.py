@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
         trainer.cfg = trainer.optimizer.cfg = cfg
         log, clock = runtime.new_log(cfg, world), t.Clock(world.device)
         console = t.Console(cfg.last_step, cfg.log_every, 0)
-        t.log_header(log, cfg, trainer, plan)
+        t.log_header(log, cfg, world, trainer.describe(plan))
         log.write(f"sweep:{change}")
         trial = t.Trial(trainer, plan, clock, console, log, cfg.seed, {})
         try:
