@@ -434,24 +434,23 @@ def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor | float, scale_b: float, fa
 class HeadLoss(torch.autograd.Function):
     """sum over rows of the softcapped multi-token cross entropy of x W'.
 
-    x: (T, D), RMS-normed; w: (V, D); targets: (T,) next tokens; weights: (K,) float32; out: () float32. With prefix,
-    (T,), one more target of each row, -1 where there is none, weights: (K + 1,).
+    x: (T, D), RMS-normed; w: (V, D); targets: (T, K), -1 where there is none; weights: (K,) float32; out: () float32.
     The gradient of the logits is made with the loss, so no logits are kept (records #60, #79). With fp8 the three
     products run on e4m3 inputs and e5m2 gradients, and the rest in x's dtype (record #19); FP8 products want the inner
     dimension contiguous on both sides, so everything is written in both layouts where it is made."""
 
     @staticmethod
-    def forward(ctx, x, w, targets, weights, prefix, fp8, kernels):
+    def forward(ctx, x, w, targets, weights, fp8, kernels):
         ctx.fp8 = fp8
         if fp8:
             x, x_t, _ = kernels.quantize_transpose(x, x.new_full((), FP8_X, dtype=torch.float32), torch.float8_e4m3fn)
             w, w_t, _ = kernels.quantize_transpose(w, w.new_full((), FP8_W, dtype=torch.float32), torch.float8_e4m3fn)
             logits = fp8_matmul(x, w.t(), FP8_X, FP8_W, fast=True)
             losses, *grads = kernels.cross_entropy(logits, targets, weights, 1 / FP8_GRAD, torch.float8_e5m2,
-                                                   prefix, both_layouts=True)
+                                                   both_layouts=True)
             ctx.save_for_backward(x_t, w_t, *grads)
         else:
-            losses, grad, _ = kernels.cross_entropy(x @ w.t(), targets, weights, 1.0, x.dtype, prefix)
+            losses, grad, _ = kernels.cross_entropy(x @ w.t(), targets, weights, 1.0, x.dtype)
             ctx.save_for_backward(x, w, grad)
         return losses.sum()
 
@@ -466,16 +465,16 @@ class HeadLoss(torch.autograd.Function):
             x, w, grad = ctx.saved_tensors
             upstream = upstream.to(x.dtype)
             dx, dw = upstream * (grad @ w), upstream * (grad.t() @ x)
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None, None, None
 
 
-def sample_vocabulary(targets: Tensor, prefix: Tensor | None, vocab: int, size: int) -> Tensor:
-    """(size,) int64, distinct tokens, ascending: the targets and prefixes (-1: none), as far as there is room, and as
-    many others as there is room for, spread evenly and by another start for each slice. The softmax over them is not
+def sample_vocabulary(targets: Tensor, vocab: int, size: int) -> Tensor:
+    """(size,) int64, distinct tokens, ascending: the targets (T, K) (-1: none), as far as there is room, and as many
+    others as there is room for, spread evenly and by another start for each slice. The softmax over them is not
     corrected for the others (record #92). 8% of stage 3's time for 0.0012 of loss, one seed (NOTES.md, 26)."""
-    wanted = targets if prefix is None else torch.cat((targets, prefix.where(prefix >= 0, targets)))
+    wanted = targets.where(targets >= 0, targets[:, :1]).flatten()
     known = torch.zeros(vocab, dtype=torch.int64, device=targets.device).index_fill(0, wanted.long(), vocab)
-    order = (torch.arange(vocab, device=targets.device) * 20011 + targets.sum()) % vocab  # a permutation
+    order = (torch.arange(vocab, device=targets.device) * 20011 + targets[:, 0].sum()) % vocab  # a permutation
     return (known + order).topk(size, sorted=False).indices.sort().values
 
 
@@ -654,14 +653,13 @@ class GPT(nn.Module):
 def slice_loss(model: GPT, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View,
                weights: Tensor, fp8: bool) -> Tensor:
     """Training loss of one slice, summed over its tokens. tokens: (T + 1,) int32; weights: (K,) float32."""
-    x, w, targets = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view), model.head, tokens[1:]
-    prefix = model.prefixes[targets] if view.prefix else None
+    x, w = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view), model.head
+    prefix = model.prefixes[tokens[1:]] if view.prefix else None
+    targets = triton_kernels.further_targets(tokens[1:], len(weights) - view.prefix, prefix)
     if view.sample:
-        candidates = sample_vocabulary(targets, prefix, len(w), view.sample)
-        targets, prefix = (None if t is None else triton_kernels.candidate_positions(t, candidates, len(w))
-                           for t in (targets, prefix))
-        w = F.embedding(candidates, w)
-    return HeadLoss.apply(x, w, targets, weights, prefix, fp8, model.kernels)
+        candidates = sample_vocabulary(targets, len(w), view.sample)
+        targets, w = triton_kernels.candidate_positions(targets, candidates, len(w)), F.embedding(candidates, w)
+    return HeadLoss.apply(x, w, targets, weights, fp8, model.kernels)
 
 
 # ==================== Optimizer ====================

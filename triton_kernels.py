@@ -70,10 +70,10 @@ E4M3_WORD, E5M2_WORD = (tl.constexpr(
 
 
 def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: Sequence[torch.dtype], device=None) -> None:
-    """ValueError, with all that x should be and is, unless it fits, is contiguous, of these dtypes and on device."""
-    device = device or x.device
-    if not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == device):
-        raise ValueError(f"{name} must be {wanted}, contiguous, on {device}, {' or '.join(map(str, dtypes))}, "
+    """ValueError, with all that x should be and is, unless it is None or fits, contiguous, of dtypes, on device."""
+    if x is not None and not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == (device or x.device)):
+        kinds = " or ".join(map(str, dtypes))
+        raise ValueError(f"{name} must be {wanted}, contiguous, on {device or x.device}, {kinds}, "
                          f"not {x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}.")
 
 
@@ -194,56 +194,32 @@ def _within(distance, limit):
 
 
 @jit
-def _load_parts(ptr, inside, still_ptr, still_inside, WIDTH: tl.constexpr):
-    """The two quarters of a row that turn and the half that does not, in fp32."""
-    quarter, half = tl.arange(0, WIDTH // 4)[None, :], tl.arange(0, WIDTH // 2)[None, :]
-    a = tl.load(ptr + quarter, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(ptr + WIDTH // 4 + quarter, mask=inside, other=0.0).to(tl.float32)
-    return a, b, tl.load(still_ptr + WIDTH // 2 + half, mask=still_inside, other=0.0).to(tl.float32)
+def _rstd(x, WIDTH: tl.constexpr):
+    return tl.rsqrt(tl.sum(x * x, 1) / WIDTH + NORM_EPS)[:, None]
 
 
 @jit
-def _store_parts(ptr, a, b, still, inside, still_ptr, still_inside, WIDTH: tl.constexpr):
-    quarter, half = tl.arange(0, WIDTH // 4)[None, :], tl.arange(0, WIDTH // 2)[None, :]
-    dtype = ptr.dtype.element_ty
-    tl.store(ptr + quarter, a.to(dtype), mask=inside)
-    tl.store(ptr + WIDTH // 4 + quarter, b.to(dtype), mask=inside)
-    tl.store(still_ptr + WIDTH // 2 + half, still.to(dtype), mask=still_inside)
-
-
-@jit
-def _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH: tl.constexpr):
-    at = rows[:, None] * (WIDTH // 4) + tl.arange(0, WIDTH // 4)[None, :]
-    cos = tl.load(cos_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    return cos, tl.load(sin_ptr + at, mask=inside, other=0.0).to(tl.float32)
-
-
-@jit
-def _mean(x, y, z, WIDTH: tl.constexpr):
-    return ((tl.sum(x, 1) + tl.sum(y, 1) + tl.sum(z, 1)) / WIDTH)[:, None]
-
-
-@jit
-def _store_raw_gradient(da, db, dstill, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, WIDTH: tl.constexpr):
-    """From the gradient of the normed and turned row back to that of the raw one."""
-    cos, sin = _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH)
-    da, db = da * cos - db * sin, db * cos + da * sin
-    a, b, still = _load_parts(raw_ptr, inside, raw_ptr, inside, WIDTH)
-    rstd = tl.rsqrt(_mean(a * a, b * b, still * still, WIDTH) + NORM_EPS)
-    a, b, still = a * rstd, b * rstd, still * rstd
-    along = _mean(da * a, db * b, dstill * still, WIDTH)
-    da, db, dstill = rstd * (da - along * a), rstd * (db - along * b), rstd * (dstill - along * still)
-    _store_parts(grad_ptr, da, db, dstill, inside, grad_ptr, inside, WIDTH)
+def _turn_rows(x, cos_ptr, sin_ptr, rows, inside, SIGN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """`rotate`, or where SIGN is -1 its reverse."""
+    cols = tl.arange(0, WIDTH)[None, :]
+    at, turning = rows[:, None] * (WIDTH // 4) + cols % (WIDTH // 4), inside & (cols < WIDTH // 2)
+    cos = tl.load(cos_ptr + at, mask=turning, other=1.0).to(tl.float32)
+    sin = tl.load(sin_ptr + at, mask=turning, other=0.0).to(tl.float32)
+    partner = tl.reshape(tl.flip(tl.reshape(x, (ROWS, 2, 2, WIDTH // 4)), 2), (ROWS, WIDTH))  # quarters exchanged
+    return x * cos + partner * tl.where(cols < WIDTH // 4, SIGN * sin, -SIGN * sin)
 
 
 @jit
 def _store_gradient(grad, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    if cos_ptr is None:
-        tl.store(grad_ptr + tl.arange(0, WIDTH)[None, :], grad.to(grad_ptr.dtype.element_ty), mask=inside)
-    else:
-        turning, dstill = tl.split(tl.permute(tl.reshape(grad, (ROWS, 2, WIDTH // 2)), (0, 2, 1)))
-        da, db = tl.split(tl.permute(tl.reshape(turning, (ROWS, 2, WIDTH // 4)), (0, 2, 1)))
-        _store_raw_gradient(da, db, dstill, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, WIDTH)
+    """With cos, from the gradient of the normed and turned rows back to that of the raw ones."""
+    cols = tl.arange(0, WIDTH)[None, :]
+    if cos_ptr is not None:
+        grad = _turn_rows(grad, cos_ptr, sin_ptr, rows, inside, -1, ROWS, WIDTH)
+        x = tl.load(raw_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        rstd = _rstd(x, WIDTH)
+        x *= rstd
+        grad = rstd * (grad - x * (tl.sum(grad * x, 1) / WIDTH)[:, None])
+    tl.store(grad_ptr + cols, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -265,22 +241,18 @@ def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr
         tl.store(v_ptr + at, x.to(v_ptr.dtype.element_ty), mask=inside)
     else:
         HELD: tl.constexpr = HEADS // PARTS  # heads of a row
-        rows = tokens * PARTS + head // HELD
+        rows, cols = tokens * PARTS + head // HELD, tl.arange(0, WIDTH)[None, :]
         source += (section * HEADS + head) * WIDTH
-        a, b, still = _load_parts(source, inside, source, inside, WIDTH)
+        x = tl.load(source + cols, mask=inside, other=0.0).to(tl.float32)
         if cos_ptr is not None:
-            rstd = tl.rsqrt(_mean(a * a, b * b, still * still, WIDTH) + NORM_EPS)
-            cos, sin = _load_turn(cos_ptr, sin_ptr, rows, inside, WIDTH)
-            a, b, still = a * rstd, b * rstd, still * rstd
-            a, b = a * cos + b * sin, b * cos - a * sin
+            x = _rstd(x, WIDTH) * _turn_rows(x, cos_ptr, sin_ptr, rows, inside, 1, BLOCK, WIDTH)
         target = q_ptr if section == 0 else k_ptr
-        target += tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
-        if OFFSET and section == 1:
-            _store_parts(target, a, b, still, inside, target + HELD * WIDTH, rows[:, None] + 1 < T * PARTS, WIDTH)
-            half = WIDTH // 2 + tl.arange(0, WIDTH // 2)[None, :]
-            tl.store(target + half, still.to(k_ptr.dtype.element_ty), mask=rows[:, None] == 0)
-        else:
-            _store_parts(target, a, b, still, inside, target, inside, WIDTH)
+        target += tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH + cols
+        later = (cols >= WIDTH // 2) & (section == 1) & OFFSET
+        if OFFSET:  # the still half of a key goes to the row after; the first row keeps its own too
+            tl.store(target, x.to(q_ptr.dtype.element_ty), mask=later & (rows[:, None] == 0))
+        found = inside & (rows[:, None] + later.to(tl.int32) < T * PARTS)
+        tl.store(target + tl.where(later, HELD * WIDTH, 0), x.to(q_ptr.dtype.element_ty), mask=found)
 
 
 @jit
@@ -384,17 +356,16 @@ def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, las
         dp = tl.dot(v, dout.T, input_precision="ieee")
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dk = tl.dot((p * (dp - delta)).to(q.dtype), q, dk, input_precision="ieee")
-    dk *= scale
     source = (keys // PARTS)[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
     held = (keys % PARTS * (HEADS // PARTS) + head)[:, None]
-    at = source + (HEADS + held) * WIDTH
+    at = source + 2 * HEADS * WIDTH + held * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
+    tl.store(grad_ptr + at, dv.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
+    dk, at = dk * scale, source + (HEADS + held) * WIDTH
     if dk_ptr is not None:  # a row's halves belong to two tokens here: _attention_offset_dk goes on
         dk_ptr += keys[:, None].to(tl.int64) * (HEADS // PARTS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
         tl.store(dk_ptr, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
     else:
         _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, keys, inside[:, None], KEYS, WIDTH)
-    at = source + 2 * HEADS * WIDTH + held * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
-    tl.store(grad_ptr + at, dv.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @jit
@@ -405,12 +376,13 @@ def _attention_offset_dk(dk_ptr, qkv_ptr, grad_ptr, cos_ptr, sin_ptr, T, HEADS: 
     HELD: tl.constexpr = HEADS // PARTS
     rows = tokens * PARTS + head // HELD
     inside = tokens[:, None] < T
-    source = dk_ptr + tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH
-    da, db, dstill = _load_parts(source, inside, source + HELD * WIDTH, rows[:, None] + 1 < T * PARTS, WIDTH)
-    half = WIDTH // 2 + tl.arange(0, WIDTH // 2)[None, :]
-    dstill += tl.load(source + half, mask=rows[:, None] == 0, other=0.0).to(tl.float32)
+    source = dk_ptr + tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    later = tl.arange(0, WIDTH)[None, :] >= WIDTH // 2
+    found = inside & (rows[:, None] + later.to(tl.int32) < T * PARTS)
+    dk = tl.load(source + tl.where(later, HELD * WIDTH, 0), mask=found, other=0.0).to(tl.float32)
+    dk += tl.load(source, mask=later & (rows[:, None] == 0), other=0.0).to(tl.float32)
     at = tokens[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH)) + (HEADS + head) * WIDTH
-    _store_raw_gradient(da, db, dstill, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, WIDTH)
+    _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, BLOCK, WIDTH)
 
 
 def _attention_plan(qkv, prepared, heads, width, v_width, paired):
@@ -545,11 +517,9 @@ def _check_relu_square(a, w, post, *scales) -> torch.dtype:
     _expect("the first operand", a, a.ndim == 2 and 0 not in a.shape, "(T, D), neither of them 0",
             (*FLOATS, torch.float64, *fp8))
     _expect("w", w, w.ndim == 2 and len(w) > 0 and w.shape[1] == a.shape[1], f"(F, {a.shape[1]})", few, a.device)
-    if post is not None:
-        _expect("post", post, post.shape == (len(a), len(w)), (len(a), len(w)), (wide,), a.device)
+    _expect("post", post, post is None or post.shape == (len(a), len(w)), (len(a), len(w)), (wide,), a.device)
     for scale in scales:
-        if scale is not None:
-            _expect("a scale", scale, scale.numel() == 1, "one number", (torch.float32,), a.device)
+        _expect("a scale", scale, scale is None or scale.numel() == 1, "one number", (torch.float32,), a.device)
     return wide
 
 
@@ -630,6 +600,14 @@ def _hopper_corner(tile, w):
 
 
 @gluon.jit
+def _hopper_barriers(COUNT: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], hopper.mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        hopper.mbarrier.init(barriers.index(i), count=1)
+    return barriers
+
+
+@gluon.jit
 def _hopper_load(g, w, ring, tiles):
     """The loading warp, which fills the ring of operands for tile after tile."""
     g_ring, w_ring, full, empty = ring
@@ -654,8 +632,7 @@ def _hopper_multiply(GROUP: gl.constexpr, ring, turns, g, w, post, dpre, tiles):
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HOPPER_BN, 16])
     NARROW: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HOPPER_PART, 16])
     parts = gl.allocate_shared_memory(gl.bfloat16, [PARTS, HOPPER_BM, HOPPER_PART], dpre.layout)
-    loaded = gl.allocate_shared_memory(gl.int64, [1], hopper.mbarrier.MBarrierLayout())
-    hopper.mbarrier.init(loaded, count=1)
+    loaded = _hopper_barriers(1).index(0)
     hopper.fence_async_shared()
     steps = gl.cdiv(w.shape[1], HOPPER_BK)
     step, turn = GROUP * steps, 0
@@ -691,19 +668,12 @@ def _hopper_multiply(GROUP: gl.constexpr, ring, turns, g, w, post, dpre, tiles):
 
 @gluon.jit
 def _hopper_relu_square_backward(g, w, post, dpre):
-    """Barriers: full and empty, for each stage of the ring; turns, by which the groups' products keep its order."""
+    """The ring's barriers: full and empty, of each stage; turns, by which the groups' products keep its order."""
     g_ring = gl.allocate_shared_memory(gl.bfloat16, [HOPPER_STAGES, HOPPER_BM, HOPPER_BK], g.layout)
     w_ring = gl.allocate_shared_memory(gl.bfloat16, [HOPPER_STAGES, HOPPER_BN, HOPPER_BK], w.layout)
-    full = gl.allocate_shared_memory(gl.int64, [HOPPER_STAGES, 1], hopper.mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [HOPPER_STAGES, 1], hopper.mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], hopper.mbarrier.MBarrierLayout())
-    for i in gl.static_range(HOPPER_STAGES):
-        hopper.mbarrier.init(full.index(i), count=1)
-        hopper.mbarrier.init(empty.index(i), count=1)
-    for i in gl.static_range(2):
-        hopper.mbarrier.init(turns.index(i), count=1)
+    ring = (g_ring, w_ring, _hopper_barriers(HOPPER_STAGES), _hopper_barriers(HOPPER_STAGES))
+    turns = _hopper_barriers(2)
     hopper.fence_async_shared()
-    ring = (g_ring, w_ring, full, empty)
     tiles = gl.cdiv(g.shape[0], HOPPER_BM * HOPPER_ROWS) * gl.cdiv(w.shape[0], HOPPER_BN) * HOPPER_ROWS
     gl.warp_specialize([
         (_hopper_multiply, (0, ring, turns, g, w, post, dpre, tiles)),
@@ -778,45 +748,50 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 
 
 # --- Softcapped, multi-token cross-entropy with its gradient ----------------------------------------------------------
-#     z = 23 * sigmoid((logit + 5) / 7.5)        losses_i = sum_k weights_k * (logsumexp_j z_ij - z_i[targets_{i+k}])
-#                                                         + weights_K * (logsumexp_j z_ij - z_i[prefix_i])
+#     z = 23 * sigmoid((logit + 5) / 7.5)        losses_i = sum_k weights_k * (logsumexp_j z_ij - z_i[targets_ik])
 # logits  (T, V)  bf16, fp16 or fp32 (the reference also float64), contiguous    the model's raw output
-# targets (T,)    int32 or int64, each in [-1, V), which is not checked          targets_i: the token after token i
-# prefix  (T,)    the same, or None: then its term and its weight are left out   one more target of each row
-# weights (K,), with prefix (K + 1,); fp32, 1 <= K <= 4                          weights_k: of the token k further on
+# targets (T, K)  int32 or int64, each in [-1, V), which is not checked; K <= 5  of several tokens by `further_targets`
+# weights (K,)    fp32                                                           weights_k: of the targets in column k
 # losses  (T,)    fp32 (float64 for float64 logits)
 # grad    (T, V)  bf16, fp16, fp32 or float8_e5m2, clamped to its largest value  grad_scale * d losses_i / d logit_ij
 # grad_t  (V, T)  grad transposed, contiguous; (0, 0) unless both_layouts        FP8 products want the inner axis so
 #
-# Terms with a target of -1, or with i + k >= T, are left out: so the loss over a sample of the vocabulary is this one,
-# of the sample's columns and candidate_positions(targets, ...). grad goes into the backward pass of what made the
-# logits. bf16 logits go through the GPU's tanh, of a relative error, 2^-11, below their own, 2^-9; others keep fp32's.
+# Terms with a target of -1 are left out: so the loss over a sample of the vocabulary is this one, of the sample's
+# columns and candidate_positions(targets, ...). grad goes into the backward pass of what made the logits.
+# bf16 logits go through the GPU's tanh, of a relative error, 2^-11, below their own, 2^-9; others keep fp32's.
 # Sources: the softcap of Gemma 2 (arXiv 2408.00118), a sigmoid in modded-nanogpt's record #54; multi-token prediction
 # (Gloeckle et al. 2024, 2404.19737) by one output head, #53; loss and gradient in one kernel, #60 and #79.
 
-CAP, SHIFT, WIDTH, MAX_TARGETS = 23.0, 5.0, 7.5, 4
+CAP, SHIFT, WIDTH, MAX_TARGETS = 23.0, 5.0, 7.5, 5
 
 
-def _check_cross_entropy(logits, targets, weights, prefix, *dtypes: torch.dtype) -> None:
+def further_targets(targets: Tensor, count: int, other: Tensor | None = None) -> Tensor:
+    """(T, count), with `other` (T, count + 1), from targets (T,): each row's own and of the rows after it, -1 past the
+    end; the last column is `other`, such as each target's prefix."""
+    columns = F.pad(targets, (0, count - 1), value=-1).unfold(0, count, 1)
+    return columns.contiguous() if other is None else torch.cat((columns, other[:, None]), 1)
+
+
+def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tensor:
+    """Where each of `targets`, in [-1, vocab), stands among the distinct tokens `candidates`; -1 if it does not."""
+    table = targets.new_full((vocab + 1,), -1)  # its last entry, which the target -1 finds, stays -1
+    table[candidates.long()] = torch.arange(len(candidates), dtype=targets.dtype, device=targets.device)
+    return table[targets.long()]
+
+
+def _check_cross_entropy(logits, targets, weights, *dtypes: torch.dtype) -> None:
     _expect("logits", logits, logits.ndim == 2 and 0 not in logits.shape, "(T, V), neither of them 0", dtypes)
-    terms = weights.numel() - (prefix is not None)
-    _expect("weights", weights, weights.ndim == 1 and 1 <= terms <= MAX_TARGETS, f"(K,), 1 <= K <= {MAX_TARGETS}, or "
-            "with prefix (K + 1,), its weight the last", (torch.float32,), logits.device)
-    for name, index in (("targets", targets), ("prefix", targets if prefix is None else prefix)):
-        _expect(f"{name}, one for each row of logits,", index, index.shape == logits.shape[:1],
-                tuple(logits.shape[:1]), (torch.int32, torch.int64), logits.device)
+    fits, shape = weights.ndim == 1 and 1 <= weights.numel() <= MAX_TARGETS, (len(logits), weights.numel())
+    _expect("weights", weights, fits, f"(K,), 1 <= K <= {MAX_TARGETS}", (torch.float32,), logits.device)
+    _expect("targets", targets, targets.shape == shape, f"(T, K), {shape}", (torch.int32, torch.int64), logits.device)
 
 
 @torch.no_grad()
-def softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, grad_dtype, prefix=None,
+def softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, grad_dtype,
                                        both_layouts=False) -> tuple[Tensor, Tensor, Tensor]:
-    _check_cross_entropy(logits, targets, weights, prefix, *FLOATS, torch.float64)
+    _check_cross_entropy(logits, targets, weights, *FLOATS, torch.float64)
     (tokens, vocab), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
-    terms = len(weights) - (prefix is not None)
-    index = F.pad(targets.long(), (0, terms - 1), value=-1).unfold(0, terms, 1)  # (T, K)
-    if prefix is not None:
-        index = torch.cat([index, prefix.long()[:, None]], 1)
-    weight, index = weights.to(dtype) * (index >= 0), index.clamp(min=0)  # weight 0 where there is no target
+    weight, index = weights.to(dtype) * (targets >= 0), targets.long().clamp(min=0)  # weight 0 where no target is
     losses, grad = logits.new_empty(tokens, dtype=dtype), torch.empty_like(logits, dtype=grad_dtype)
     # Eager on a CPU, a few rows at a time: page faults of full-size temporaries cost more than all the arithmetic.
     # A GPU prefers few launches, and torch.compile, which would unroll the loop, fuses the passes itself.
@@ -888,28 +863,19 @@ def _loss_stored(grad, DTYPE: tl.constexpr, FAST: tl.constexpr):
 
 
 @jit
-def _loss_target(targets_ptr, prefix_ptr, rows, T, k: tl.constexpr, TERMS: tl.constexpr):
-    """The target of each row's term k, the prefix target being the last; -1 where there is none."""
-    if prefix_ptr is not None and k == TERMS - 1:
-        return tl.load(prefix_ptr + rows, mask=rows < T, other=-1)
-    else:
-        return tl.load(targets_ptr + rows + k, mask=rows + k < T, other=-1)
-
-
-@jit
-def _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, target, TERMS: tl.constexpr):
+def _loss_weight(targets_ptr, weights_ptr, rows, T, target, TERMS: tl.constexpr):
     """The sum of the weights of each row's terms that have this target, or, where it is None, any."""
     total = tl.zeros(rows.shape, tl.float32)
     for k in tl.static_range(TERMS):
-        other = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS)
+        other = tl.load(targets_ptr + rows * TERMS + k, mask=rows < T, other=-1)
         total += tl.where(other >= 0 if target is None else other == target, tl.load(weights_ptr + k), 0.0)
     return total
 
 
 @jit
-def _loss_dense(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr,
-                T, V, grad_scale, TERMS: tl.constexpr, BOTH: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr,
-                COLS: tl.constexpr, STRIP: tl.constexpr, AHEAD: tl.constexpr):
+def _loss_dense(logits_ptr, targets_ptr, weights_ptr, totals_ptr, counts_ptr, grad_ptr, grad_t_ptr, T, V, grad_scale,
+                TERMS: tl.constexpr, BOTH: tl.constexpr, FAST: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+                STRIP: tl.constexpr, AHEAD: tl.constexpr):
     """Sums and gradient in one launch, so that the logits the gradient reads again are still in the L2 cache."""
     # A strip is ROWS x STRIP. Even tickets sum, odd ones write the gradient AHEAD groups of rows later. Every sum that
     # a program waits for has a lower ticket, hence a program that has started: no order of programs can deadlock.
@@ -937,7 +903,7 @@ def _loss_dense(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, co
             tl.debug_barrier()  # all threads' additions before the one release
             tl.atomic_add(counts_ptr + group, 1, sem="release")
     elif strip >= 0:  # as if none of the entries were a target, once the rows' totals are complete
-        share = _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, None, TERMS)
+        share = _loss_weight(targets_ptr, weights_ptr, rows, T, None, TERMS)
         while tl.atomic_add(counts_ptr + group, 0, sem="acquire") < strips:
             pass
         total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0, cache_modifier=".cg").to(tl.float32)
@@ -960,19 +926,19 @@ def _loss_dense(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, co
 
 
 @jit
-def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_ptr, losses_ptr, grad_ptr, grad_t_ptr,
-                     T, V, grad_scale, TERMS: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr):
+def _loss_at_targets(logits_ptr, targets_ptr, weights_ptr, totals_ptr, losses_ptr, grad_ptr, grad_t_ptr, T, V,
+                     grad_scale, TERMS: tl.constexpr, BOTH: tl.constexpr, ROWS: tl.constexpr):
     """The losses, and over what _loss_dense wrote there, the gradient at the targets."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     total = tl.load(totals_ptr + rows, mask=rows < T, other=1.0).to(tl.float32) * LOSS_FLOOR  # of exp(z - CAP)
-    weight_sum = _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, None, TERMS)
+    weight_sum = _loss_weight(targets_ptr, weights_ptr, rows, T, None, TERMS)
     loss = weight_sum * tl.log(total)
     for k in tl.static_range(TERMS):
-        target = _loss_target(targets_ptr, prefix_ptr, rows, T, k, TERMS).to(tl.int64)
+        target = tl.load(targets_ptr + rows * TERMS + k, mask=rows < T, other=-1).to(tl.int64)
         found, offsets = target >= 0, rows.to(tl.int64) * V + target
         sig, rest = _loss_sigmoid_and_rest(tl.load(logits_ptr + offsets, mask=found, other=0.0))
         loss += tl.where(found, tl.load(weights_ptr + k) * rest * LOSS_CAP, 0.0)
-        weight = _loss_weight(targets_ptr, prefix_ptr, weights_ptr, rows, T, target, TERMS)
+        weight = _loss_weight(targets_ptr, weights_ptr, rows, T, target, TERMS)
         grad = (weight_sum * tl.exp2(rest * LOSS_DROP) / total - weight) * (grad_scale * LOSS_STEEPNESS) * sig * rest
         grad = _loss_stored(grad, grad_ptr.dtype.element_ty, False)
         tl.store(grad_ptr + offsets, grad, mask=found)  # all of a row's terms with this target write the same
@@ -981,7 +947,7 @@ def _loss_at_targets(logits_ptr, targets_ptr, prefix_ptr, weights_ptr, totals_pt
     tl.store(losses_ptr + rows, loss, mask=rows < T)
 
 
-def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix=None, both_layouts=False) -> tuple:
+def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, both_layouts=False) -> tuple:
     grad = torch.empty_like(logits, dtype=grad_dtype)
     grad_t = grad.new_empty(logits.shape[::-1] if both_layouts else (0, 0))
     return logits.new_empty(logits.shape[0], dtype=torch.float32), grad, grad_t
@@ -989,31 +955,23 @@ def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix=None,
 
 @operation(softcapped_cross_entropy_reference, outputs=_loss_outputs)
 def softcapped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
-                             grad_dtype: torch.dtype, prefix: Tensor | None = None,
-                             both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+                             grad_dtype: torch.dtype, both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, grad, grad_t): each row's loss, grad_scale times its gradient by the logits, and that transposed."""
-    _check_cross_entropy(logits, targets, weights, prefix, *FLOATS)
+    _check_cross_entropy(logits, targets, weights, *FLOATS)
     if grad_dtype not in (*FLOATS, torch.float8_e5m2):
         raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*FLOATS, torch.float8_e5m2)}.")
-    losses, grad, grad_t = _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, prefix, both_layouts)
+    losses, grad, grad_t = _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, both_layouts)
     rows, strip, ahead = 64, 256, 2  # 2 groups are 13 MB of logits, which the 60 MB of L2 hold beside the gradient
     (tokens, vocab), groups = logits.shape, triton.cdiv(len(logits), rows)
     fast = logits.dtype == torch.bfloat16 and logits.is_cuda  # not in the interpreter, which runs no PTX
     totals = logits.new_zeros(tokens, dtype=torch.float64)
     counts = logits.new_zeros(groups + 1, dtype=torch.int32)  # the last: tickets
-    inputs, outputs = (logits, targets, prefix, weights, totals), (grad, grad_t, tokens, vocab, grad_scale)
+    inputs, outputs = (logits, targets, weights, totals), (grad, grad_t, tokens, vocab, grad_scale)
     _loss_dense[(2 * triton.cdiv(vocab, strip) * (groups + ahead),)](
         *inputs, counts, *outputs, len(weights), both_layouts, fast, rows, 128, strip, ahead,
         num_warps=8, maxnreg=64 if fast else None)  # 64 registers: 4 programs fit a multiprocessor
     _loss_at_targets[(triton.cdiv(tokens, 128),)](*inputs, losses, *outputs, len(weights), both_layouts, 128)
     return losses, grad, grad_t
-
-
-def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tensor:
-    """Where each of `targets`, in [-1, vocab), stands among the distinct tokens `candidates`; -1 if it does not."""
-    table = targets.new_full((vocab + 1,), -1)  # its last entry, which the target -1 finds, stays -1
-    table[candidates.long()] = torch.arange(len(candidates), dtype=targets.dtype, device=targets.device)
-    return table[targets.long()]
 
 
 # --- Symmetric products, and the orthogonalisation made of them -------------------------------------------------------

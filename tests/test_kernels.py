@@ -88,7 +88,7 @@ import torch, triton_kernels as tk
 assert tk.triton is None and not tk.kernels_available("cuda")
 assert set(tk.choose((9, 0), torch.bfloat16, "reference")[1].values()) == {"reference"}
 assert "kernel" not in tk.choose((9, 0), torch.bfloat16)[1].values()
-args = torch.zeros(3, 5), torch.tensor([0, 1, 2]), torch.ones(2)
+args = torch.zeros(3, 5), torch.tensor([[0], [1], [2]]), torch.ones(1)
 losses, grad, _ = tk.softcapped_cross_entropy(*args, 1.0, torch.float32)
 assert losses.isfinite().all() and grad.shape == (3, 5)
 where = tk.documents(torch.tensor([0, 3], dtype=torch.int32), 3, 3)

@@ -109,7 +109,8 @@ def test_head_loss_has_the_gradient_of_the_plain_formula(device, prefixed):
     expected = torch.autograd.grad(plain / 8, (x, w))
     if device == "cuda":  # the kernel reads up to float32
         x, w = (y.detach().float().requires_grad_() for y in (x, w))
-    loss = train_gpt.HeadLoss.apply(x, w, targets, weights, prefix, False, KERNELS[device])
+    targets = triton_kernels.further_targets(targets, 3, prefix)
+    loss = train_gpt.HeadLoss.apply(x, w, targets, weights, False, KERNELS[device])
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     for ours, reference in zip(torch.autograd.grad(loss / 8, (x, w)), expected, strict=True):
         assert relative_error(ours, reference) < (1e-12 if device == "cpu" else 1e-5)
@@ -121,11 +122,11 @@ def test_fp8_head_is_the_bf16_head_within_its_quantisation():
     torch.manual_seed(0)
     x = train_gpt.rms_norm(torch.randn(512, 768, device="cuda")).bfloat16()
     w = (0.02 * torch.randn(50304, 768, device="cuda")).bfloat16()
-    targets, weights = torch.randint(0, 50257, (512,), device="cuda"), torch.tensor([1.0, 0.5], device="cuda")
+    targets, weights = torch.randint(0, 50257, (512, 2), device="cuda"), torch.tensor([1.0, 0.5], device="cuda")
 
     def run(fp8):
         leaves = [y.clone().requires_grad_() for y in (x, w)]
-        loss = train_gpt.HeadLoss.apply(*leaves, targets, weights, None, fp8, KERNELS["cuda"])
+        loss = train_gpt.HeadLoss.apply(*leaves, targets, weights, fp8, KERNELS["cuda"])
         return [loss, *torch.autograd.grad(loss / 8, leaves)]
 
     (loss8, *grads8), (loss16, *grads16) = run(True), run(False)
@@ -153,12 +154,12 @@ def test_a_sample_of_the_vocabulary_holds_all_targets_and_prefixes_and_in_time_e
     for _ in range(100):
         targets = torch.randint(0, 500, (40,), generator=draw, dtype=torch.int32)
         prefix = torch.where(targets % 3 > 0, targets // 3, -1)
-        sample = train_gpt.sample_vocabulary(targets, prefix, 500, 90)
+        sample = train_gpt.sample_vocabulary(torch.stack((targets, prefix), 1), 500, 90)
         assert len(sample) == 90 and (sample.diff() > 0).all()  # 80 at most are wanted
         assert torch.isin(targets, sample).all() and torch.isin(prefix[prefix >= 0], sample).all()
         seen[sample] = True
     assert seen.all()
-    first, second = (train_gpt.sample_vocabulary(torch.tensor([k, k + 1]), None, 50_304, 1000) for k in (3, 30_000))
+    first, second = (train_gpt.sample_vocabulary(torch.tensor([[k], [k + 1]]), 50_304, 1000) for k in (3, 30_000))
     assert torch.isin(first, second).sum() < 100  # each slice has its own
 
 
@@ -177,7 +178,7 @@ def test_the_loss_over_a_sample_is_the_softmax_over_its_tokens_alone():
         assert relative_error(ours, all_tokens) < 1e-12
     loss, head, _ = loss_and_gradients(200)
     prefix = model.prefixes[tokens[1:]]
-    sample = train_gpt.sample_vocabulary(tokens[1:], prefix, TINY_SHAPE.vocab, 200)
+    sample = train_gpt.sample_vocabulary(torch.stack((tokens[1:], prefix), 1), TINY_SHAPE.vocab, 200)
     z = train_gpt.capped_logits(model(tokens[:-1], *inputs[2:], view), model.head)[:, sample]
     targets, prefix = ((column[:, None] == sample).int().argmax(1).masked_fill(column < 0, -1)
                        for column in (tokens[1:], prefix))
