@@ -432,7 +432,10 @@ def start_world(cfg) -> World:
     if gpus and here > gpus:
         raise UserError(f"{here} processes of this node need a GPU each, {gpus} found: start at most {gpus} processes "
                         f"a node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
-    return World(rank, size, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+    if gpus and here > 1:  # each process has its GPU as number 0: so what one has compiled, all find in the cache
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank] if visible else str(local_rank)
+    return World(rank, size, torch.device("cuda", 0) if gpus else torch.device("cpu"))
 
 
 ARRIVAL = 300  # seconds in which all processes have to come, which import PyTorch at unlike speeds
@@ -544,10 +547,8 @@ class Log:
 
 
 def new_log(cfg, world: World) -> Log:
-    if world.rank:
-        return Log(None)
     folder = ROOT / cfg.log_dir / f"{datetime.date.today():%Y-%m-%d}_{cfg.name}"
-    return Log(folder / f"{uuid.uuid4()}.txt")
+    return Log(None if world.rank else folder / f"{uuid.uuid4()}.txt")
 
 
 def shell(*command: str) -> str:
@@ -691,8 +692,7 @@ class Console:
 
     def __init__(self, last_step: int, log_every: int, rank: int):
         self.last_step, self.quiet = last_step, rank != 0
-        self.bar, self.loss = None, "..."
-        self.every = max(log_every, last_step // 20)
+        self.bar, self.loss, self.every = None, "...", max(log_every, last_step // 20)
 
     def say(self, text: str) -> None:
         if self.quiet:

@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import functools
 import glob
-import itertools
 import math
 import os
 import platform
@@ -640,9 +639,8 @@ class GPT(nn.Module):
             value_gate = x.new_ones(len(x), heads)
         qkv = x @ (qkv_scale * w_qkv).t()
         y = self.kernels.attention(
-            qkv, where, heads, head_dim, head_dim,
-            getattr(view, layer.window), view.scale, cos, sin, gate(x, gate_weight), embedded,
-            value_gate, paired=layer.paired, key_offset=layer.key_offset)
+            qkv, where, heads, head_dim, head_dim, getattr(view, layer.window), view.scale, cos, sin,
+            gate(x, gate_weight), embedded, value_gate, paired=layer.paired, key_offset=layer.key_offset)
         if layer.exclusive:
             v = qkv[:, -self.shape.dim:].view(-1, heads, head_dim)
             v = v if embedded is None else v + value_gate[..., None] * embedded.view(v.shape)
@@ -1225,7 +1223,6 @@ class Trainer:
         (loss / self.cfg.slices).backward()
         return loss.detach()
 
-    @torch.no_grad()
     def evaluate(self, step: int, validation: Validation) -> float:
         """Mean next-token loss in nats over the validation tokens of all processes."""
         self.phase, (stage, view) = "validation", validation_view(self.cfg, step)
@@ -1237,6 +1234,7 @@ class Trainer:
         self.world.all_reduce(total)[1].wait()
         return total.item() / self.cfg.val_tokens
 
+    @torch.no_grad()
     def evaluate_slice(self, seen: tuple[int, View, int], tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Next-token loss of one slice, summed over its tokens, float64. seen: stage, view and longest document."""
         stage, view, max_doc = seen
@@ -1289,45 +1287,50 @@ class Trainer:
                 tensor[:len(saved)].copy_(saved)
 
     def warm_up(self, plan: Plan, validation: Validation, console: Console) -> None:
-        """Compiles all that the run needs, then captures it, where it can be; puts every bit of state back to its
+        """Compiles all that the run needs, then runs it, captured where it can be; puts every bit of state back to its
         start. Outside the clock; sees no token of the data."""
         begin = time.perf_counter()
-        for word in ("ready", "captured") if self.compiled and self.world.device.type == "cuda" else ("ready",):
-            self.graphs.on = word == "captured"
-            for i, stages in self.rehearse(plan, validation):
+        for word in ("compiled", "ready")[not self.compiled:]:
+            self.graphs.on = self.compiled and word == "ready" and self.world.device.type == "cuda"
+            for i, stages in self.rehearse(plan, validation, alone=word == "compiled"):
                 runtime.device_sync(self.world.device)
                 console.say(f"warm-up: stage {i + 1} of {stages} {word} after {time.perf_counter() - begin:.0f} s")
         self.reset(self.cfg.seed)
         self.world.barrier()
 
-    def rehearse(self, plan: Plan, validation: Validation) -> Iterable[tuple[int, int]]:
+    def rehearse(self, plan: Plan, validation: Validation, alone: bool) -> Iterable[tuple[int, int]]:
         """Each stage with and without Adam and each validation view, on made-up tokens; gives a stage's number, among
-        how many, when it is through."""
-        last = stage_at(self.cfg, max(0, self.cfg.last_step - 1))
-        for i, (start, end) in enumerate(itertools.pairwise([0, *stage_ends(self.cfg)][:last + 2])):
-            if start >= end:
-                continue
-            draw = np.random.default_rng(i)
-            count = self.cfg.stages[i].tokens // self.cfg.slices
-            batches = [Batch(*(torch.from_numpy(x).to(self.world.device) for x in
-                               made_up_batch(draw, count, plan.documents[i])))
-                       for _ in range(self.cfg.slices // self.world.size)]
-            self.train_step(start, batches)
-            self.train_step(start + 1 - start % 2 if start + 1 < end else start, batches)
+        how many, when it is through. alone: only what no other process waits for, each process from another stage on,
+        so that they compile different ones and find the others in the cache."""
+        device, share = self.world.device, self.cfg.slices // self.world.size
+        last, ends = stage_at(self.cfg, max(0, self.cfg.last_step - 1)), [0, *stage_ends(self.cfg)]
+        spans = [(i, ends[i], ends[i + 1]) for i in range(last + 1) if ends[i] < ends[i + 1]]
+        turn = self.world.rank * len(spans) // self.world.size * alone
+        for i, start, end in spans[turn:] + spans[:turn]:
+            draw, count = np.random.default_rng(i), self.cfg.stages[i].tokens // self.cfg.slices
+            batches = [made_up_batch(draw, count, plan.documents[i], device) for _ in range(share)]
+            if alone:
+                self.learn_slice(i, *batches[0], torch.tensor(target_weights(self.cfg, start)).to(device))
+            else:
+                self.train_step(start, batches)
+                self.train_step(start + 1 - start % 2 if start + 1 < end else start, batches)
             if self.cfg.val_every or i == last:
                 tokens, table = (len(x) for x in validation.slices[0])
-                documents = -(-tokens // validation.max_doc)
-                dummy = Batch(*(torch.from_numpy(x) for x in made_up_batch(draw, tokens - 1, documents, table - 1)))
+                dummy = made_up_batch(draw, tokens - 1, -(-tokens // validation.max_doc), device, table - 1)
                 whole = i == last and self.cfg.last_step == self.cfg.total_steps
                 for step in (start, self.cfg.total_steps)[:1 + whole]:
-                    self.evaluate(step, Validation([dummy], validation.max_doc))
+                    if alone:
+                        self.evaluate_slice((*validation_view(self.cfg, step), validation.max_doc), *dummy)
+                    else:
+                        self.evaluate(step, Validation([dummy], validation.max_doc))
             yield i, last + 1
 
 
-def made_up_batch(draw: np.random.Generator, count: int, documents: int, rows: int | None = None):
-    """Random tokens in equal documents: tokens (count + 1,) int32 and cu_seqlens."""
+def made_up_batch(draw, count: int, documents: int, device: torch.device, rows: int | None = None) -> Batch:
+    """Random tokens, by a NumPy generator, in equal documents: tokens (count + 1,) int32 and cu_seqlens."""
     starts = np.linspace(0, count, documents, endpoint=False).astype(np.int64)
-    return draw.integers(0, VOCAB, count + 1, dtype=np.int32), seqlens(starts, count, rows or table_rows(documents))
+    arrays = draw.integers(0, VOCAB, count + 1, dtype=np.int32), seqlens(starts, count, rows or table_rows(documents))
+    return Batch(*(torch.from_numpy(x).to(device) for x in arrays))
 
 
 def choose_dtype(cfg: Config, capability: tuple[int, int]) -> torch.dtype:
@@ -1386,8 +1389,7 @@ def saved_config(saved: dict, **changes) -> Config:
 
 
 def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list[str]]:
-    """The checkpoint to go on from, {} for none, and what differs from its run. Raises UserError where this run cannot
-    go on from it."""
+    """The checkpoint to go on from, {} for none, and what differs from its run. UserError where this run cannot."""
     if not cfg.resume:
         return {}, []
     saved, now = runtime.read_checkpoint(runtime.find(cfg.resume), SAVED), describe_config(cfg, dtype)

@@ -381,6 +381,25 @@ def test_more_processes_than_gpus_are_refused_on_every_process(monkeypatch, caps
             runtime.start_world(tiny_config(Path("none")))
 
 
+def test_each_of_several_processes_sees_its_own_gpu_as_number_0(monkeypatch):
+    """What is compiled names the number: with one for all, each process finds in the cache what another compiled."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for visible, expected in (("", "0123"), ("7,GPU-5,3,1", ("7", "GPU-5", "3", "1"))):
+        for rank, own in enumerate(expected):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
+            world = runtime.start_world(tiny_config(Path("none")))
+            assert world.device == torch.device("cuda", 0) and os.environ["CUDA_VISIBLE_DEVICES"] == own
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7,8")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name)
+    runtime.start_world(tiny_config(Path("none")))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5,6,7,8"  # one process has what it was given
+
+
 def test_run_sh_refuses_a_number_of_processes_that_is_none():
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(["./run.sh"], cwd=ROOT, text=True, capture_output=True, timeout=120,

@@ -317,3 +317,21 @@ def test_warm_up_runs_every_stage_with_and_without_adam_and_every_validation_vie
     trainer = train(shards, tmp_path, Views).trainer
     assert set(trainer.seen) == {(stage, odd) for stage in range(4) for odd in (0, 1)}
     assert trainer.views == {(0, False), (1, False), (2, False), (3, False), (3, True)}
+
+
+def test_each_process_compiles_from_another_stage_on_and_waits_for_none(shards):
+    cfg, cpu, orders = tiny_config(shards), torch.device("cpu"), []
+    plan = train_gpt.plan_run(cfg, train_gpt.find_shards(cfg, "train_files"))
+    validation = train_gpt.read_validation(cfg, runtime.World(0, 1, cpu))
+    steps = [0, *train_gpt.stage_ends(cfg)]
+    for rank in range(4):
+        trainer = train_gpt.Trainer(cfg, runtime.World(rank, 4, cpu))  # without a group: to wait for others would raise
+        trainer.reset(cfg.seed)
+        learned, views = [], []
+        trainer.slice_loss = lambda *args, slice_loss=trainer.slice_loss, learned=learned: (
+            learned.append(args[6]), slice_loss(*args))[1]
+        trainer.hidden = lambda *args, hidden=trainer.hidden, views=views: (views.append(args[5]), hidden(*args))[1]
+        orders.append([stage for stage, _ in trainer.rehearse(plan, validation, alone=True)])
+        assert learned == [train_gpt.stage_view(cfg, stage) for stage in orders[-1]]
+        assert set(views) == {train_gpt.validation_view(cfg, step)[1] for step in steps}
+    assert orders == [[0, 1, 2, 3], [1, 2, 3, 0], [2, 3, 0, 1], [3, 0, 1, 2]]

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-LIMITS = {"train_gpt.py": 1600, "triton_kernels.py": 1305, "runtime.py": 730}
+LIMITS = {"train_gpt.py": 1600, "triton_kernels.py": 1263, "runtime.py": 730}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -38,7 +38,7 @@ def test_importing_starts_nothing():
 
 def test_the_trainer_runs_where_triton_is_absent():
     script = ("import sys; sys.modules['triton'] = None; import torch, triton_kernels as k; "
-              "out = k.softcapped_cross_entropy(torch.randn(3, 9), torch.tensor([1, 2, 3]), torch.ones(2), 1.0, "
+              "out = k.softcapped_cross_entropy(torch.randn(3, 9), torch.tensor([[1], [2], [3]]), torch.ones(1), 1.0, "
               "torch.float32); assert out[0].isfinite().all() and not k.kernels_available('cuda')")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
