@@ -232,13 +232,13 @@ def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr
     inside = tokens[:, None] < T
     source = qkv_ptr + tokens[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
     if section == 2:
-        cols = head * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
-        x = tl.load(source + 2 * HEADS * WIDTH + cols, mask=inside, other=0.0).to(tl.float32)
-        at = tokens[:, None].to(tl.int64) * (HEADS * V_WIDTH) + cols
+        v_cols = head * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
+        v = tl.load(source + 2 * HEADS * WIDTH + v_cols, mask=inside, other=0.0).to(tl.float32)
+        at = tokens[:, None].to(tl.int64) * (HEADS * V_WIDTH) + v_cols
         if value_ptr is not None:
             gate = tl.load(value_gate_ptr + tokens * HEADS + head, mask=tokens < T, other=0.0).to(tl.float32)
-            x += gate[:, None] * tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(v_ptr + at, x.to(v_ptr.dtype.element_ty), mask=inside)
+            v += gate[:, None] * tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=inside)
     else:
         HELD: tl.constexpr = HEADS // PARTS  # heads of a row
         rows, cols = tokens * PARTS + head // HELD, tl.arange(0, WIDTH)[None, :]

@@ -72,6 +72,36 @@ def test_the_hopper_kernel_compiles_where_no_gpu_is():
         assert instruction in kernel.asm["ptx"]
 
 
+POINTERS = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "value_ptr", "value_gate_ptr",
+                          "gate_ptr", "out_ptr", "grad_ptr", "dk_ptr"), "*bf16")
+NUMBERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "T": "i32",
+           "padded": "i32", "window": "i32", "scale": "fp32"}
+
+
+@pytest.mark.skipif(not TRITON, reason="triton cannot be imported")
+@pytest.mark.parametrize("kernel, constants", [
+    ("_attention_prepare", {"OFFSET": True, "FIRST": 0}), ("_attention_forward", {"BOUNDED": False, "KEYS": 32}),
+    ("_attention_dq", {}), ("_attention_dkdv", {}), ("_attention_offset_dk", {})], ids=str)
+@pytest.mark.parametrize("widths", [(64, 128), (128, 64)], ids=str)
+def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, constants, widths):
+    """The interpreter runs what the compiler refuses, such as a name of two shapes in two branches."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    function, keys = getattr(tk, kernel), constants.get("KEYS", 32 if kernel == "_attention_dq" else tk.TILE)
+    boxes = {name: f"tensordesc<bf16[{rows},{width}]>" for name, rows, width in (
+        ("q_desc", tk.TILE, widths[0]), ("k_desc", keys, widths[0]), ("v_desc", keys, widths[1]),
+        ("out_desc", tk.TILE, widths[1]), ("dout_desc", tk.TILE, widths[1]))}
+    sums = dict.fromkeys(("lse_desc", "delta_desc"), f"tensordesc<fp32[1,{tk.TILE}]>")
+    constants = {"HEADS": 6, "PARTS": 2, "WIDTH": widths[0], "V_WIDTH": widths[1], **constants}
+    signature, kinds = {}, POINTERS | NUMBERS | boxes | sums
+    for parameter in function.params:
+        signature[parameter.name] = kinds.get(parameter.name, "constexpr")
+        if parameter.name not in kinds:
+            constants.setdefault(parameter.name, parameter.default)
+    compiled = tk.triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
+    assert "ptx" in compiled.asm
+
+
 def test_every_operation_has_a_row_in_the_table():
     assert set(tk.CAPABILITIES) == set(tk.Kernels._fields) == set(kinds(CPU))
 
