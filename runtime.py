@@ -1,5 +1,4 @@
-"""
-What a run needs around its mathematics: errors as sentences, checkpoints, processes and the watch over them, log,
+"""What a run needs around its mathematics: errors as sentences, checkpoints, processes and the watch over them, log,
 clock and console. Knows nothing of the model.
 
     python runtime.py launch --nproc_per_node=4 train_gpt.py    torchrun, with one sentence in place of its report
@@ -65,8 +64,8 @@ def leave(code: int) -> None:
 
 def speak_on_sigterm() -> None:
     """A process alone ends with a sentence; of several, torchrun ends those that wait, and speaks for them."""
-    def end(number, frame):
-        raise UserError("ended by SIGTERM", 143)
+    def end(number, frame):  # no Exception, which a compiler would take for its own failure
+        raise KeyboardInterrupt("ended by SIGTERM", 143)
     if os.environ.get("WORLD_SIZE", "1") == "1":
         signal.signal(signal.SIGTERM, end)
 
@@ -223,8 +222,7 @@ class Checkpoints:
 
 def peak_host_mib() -> float:
     import resource
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def expected_memory(cfg, held: list[torch.Tensor]) -> int:
@@ -244,8 +242,9 @@ def told(cfg, world, trainer=None, checkpoints: Checkpoints | None = None):
         yield
     except UserError as error:
         raise UserError(f"{error}{hint()}", error.code) from None
-    except KeyboardInterrupt:
-        raise UserError(f"interrupted in {phase()}; the log so far is under {cfg.log_dir}{hint()}", 130) from None
+    except KeyboardInterrupt as error:
+        how, code = error.args or ("interrupted", 130)
+        raise UserError(f"{how} in {phase()}; the log so far is under {cfg.log_dir}{hint()}", code) from None
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error):
             raise UserError(out_of_memory(cfg, world.device, phase()) + hint(), 3) from None
@@ -410,8 +409,7 @@ class World(NamedTuple):
         return call(full, self.share(full), async_op=True)
 
     def share(self, full: Tensor) -> Tensor:
-        rows = full.size(0) // self.size
-        return full[self.rank * rows:(self.rank + 1) * rows]
+        return full.chunk(self.size)[self.rank]
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -513,10 +511,9 @@ class Log:
                                 "name a writable folder with log_dir=") from None
 
     def write(self, text: str) -> None:
-        if self.path is None:
-            return
-        self.unwritten += text + "\n"
-        self.flush()
+        if self.path is not None:
+            self.unwritten += text + "\n"
+            self.flush()
 
     def flush(self) -> None:
         try:
@@ -537,8 +534,7 @@ class Log:
         """Raises UserError if lines are still unwritten; they are printed first, so nothing is lost."""
         if self.path is None:
             return
-        if self.unwritten:
-            self.flush()
+        self.flush()
         if self.unwritten:
             print(self.unwritten, end="", flush=True)
             raise UserError(f"the log {os.path.relpath(self.path, ROOT)} could not be completed (disk full?): its "
@@ -620,31 +616,37 @@ class Clock:
 
 
 REGIONS = {  # of a profile: the first whose pattern a kernel's (on a CPU an operator's) name has
-    "communication": "nccl|c10d|gloo|all_reduce|reduce_scatter|all_gather", "loss": "cross_entropy|log_softmax|_ce_",
-    "attention": "attention|attn|flash|fmha", "optimizer": "adam|normuon|orthogonal|symmetric|lerp|foreach",
-    "GEMM": "gemm|matmul|nvjet|cutlass|mlp|bmm|::mm|addmm|linear", "norms and other elementwise": ""}
+    "communication": "nccl|c10d|gloo|all_reduce|reduce_scatter|all_gather", "copies": "memcpy|memset",
+    "loss": "_loss_|cross_entropy|log_softmax", "attention": "attention|attn|flash|fmha",
+    "optimizer": "adam|normuon|orthogonal|symmetric|lerp|foreach|rsub_sqrt",
+    "GEMM": "gemm|matmul|nvjet|splitk|relu_square|bmm|::mm|addmm|linear", "norms and other elementwise": ""}
 
 
 class Profile:
     """Two steps (one with Adam, one without) under PyTorch's profiler: a Chrome trace beside the log, and a table of
-    time by region. Starting, stopping and writing are outside the clock; the profiler slows what it watches."""
+    time by region. To start, stop and write is outside the clock; validations and checkpoints around the steps are
+    not profiled. The profiler slows what it watches."""
 
-    def __init__(self, log: Path, first: int, device: torch.device):
-        self.log, self.steps, self.device, self.profiler = log, (first, first + 2), device, None
+    def __init__(self, log: Log, first: int, clock: Clock):
+        self.log, self.clock, self.profiler = log, clock, None
+        self.steps = (first, first + 2) if first and log.path else ()
 
-    def step(self, step: int) -> str:
-        """Before each of `steps`: begins, or ends and returns text for the log."""
-        if self.profiler is None:
-            self.profiler = torch.profiler.profile()
-            self.profiler.start()
-            self.begin = time.perf_counter()
-            return f"profile: from step {step}"
-        seconds = time.perf_counter() - self.begin
-        self.profiler.stop()
-        path = self.log.with_suffix(".trace.json")
-        self.profiler.export_chrome_trace(str(path))
-        return "\n".join([f"profile: up to step {step}, trace {path.name}",
-                          *region_table(self.profiler.events(), seconds, self.device.type == "cuda")])
+    def begin(self, step: int) -> None:
+        if step in self.steps[:1]:
+            with self.clock.region("profile"):
+                self.profiler = torch.profiler.profile()
+                self.profiler.start()
+            self.since = time.perf_counter()
+            self.log.write(f"profile: from step {step}")
+
+    def end(self, step: int) -> None:
+        if self.profiler and step in self.steps[1:]:
+            seconds, path = time.perf_counter() - self.since, self.log.path.with_suffix(".trace.json")
+            with self.clock.region("profile"):
+                self.profiler.stop()
+                self.profiler.export_chrome_trace(str(path))
+                self.log.write("\n".join([f"profile: up to step {step}, trace {path.name}", *region_table(
+                    self.profiler.events(), seconds, self.clock.device.type == "cuda")]))
 
 
 def region_table(events, seconds: float, cuda: bool) -> list[str]:
@@ -669,9 +671,7 @@ def start_reading(world, loss: torch.Tensor):
     if world.device.type != "cuda":
         return loss, None
     host = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return host, arrived
+    return host, torch.cuda.current_stream(world.device).record_event()
 
 
 def finish_log(log: Log, clock: Clock, console: "Console", result: dict) -> None:

@@ -270,6 +270,8 @@ def check_config(cfg: Config) -> None:
          f"{cfg.stop_after} is odd, and no run could go on from its checkpoint: take {cfg.last_step + 1}")
     need(not cfg.profile or cfg.profile + 2 <= cfg.last_step,
          f"profile={cfg.profile} takes two steps from there, and the run has {cfg.last_step}: lower it")
+    need(not cfg.profile or all(not every or (cfg.profile + 1) % every for every in (cfg.val_every, cfg.save_every)),
+         f"profile={cfg.profile} has a validation or a checkpoint between its steps: take profile={cfg.profile + 1}")
     need(not cfg.resume or cfg.trials == 1, f"resume= goes on with one run, not trials={cfg.trials}: leave one out")
     for i, layer in enumerate(cfg.shape.layers):
         need(layer.window in ("", "short", "long") and {layer.reads, layer.mixes, layer.skip_from} <= {None, *range(i)},
@@ -1442,25 +1444,22 @@ class Trial:
             raise UserError(f"resume={cfg.resume} had read other tokens: take the shards and options of its run")
         self.console.start(self.first)
         watch.working()
-        profile = Profile(self.log.path, cfg.profile, self.world.device) if cfg.profile and self.log.path else None
+        profile = Profile(self.log, cfg.profile, clock)
         for step in range(self.first, steps + 1):
-            if profile and step in profile.steps:
-                clock.stop()
-                with clock.region("profile"):
-                    self.log.write(profile.step(step))
-                clock.start()
             last = step == steps
             validate = last or (cfg.val_every and step % cfg.val_every == 0)
             save = cfg.save_every and step > self.first and (last or step % cfg.save_every == 0)
-            if validate or save:
+            if validate or save or step in profile.steps:
                 clock.stop()
                 self.flush(wait=True)
+                profile.end(step)
                 if validate:
                     self.validate(step, validation)
                 if save:
                     self.save(step, loader.position)
                 if last:
                     break
+                profile.begin(step)
                 clock.start()
             loss = self.trainer.train_step(step, loader.next())
             self.tokens += cfg.stages[stage_at(cfg, step)].tokens
@@ -1587,8 +1586,8 @@ def main(argv: list[str]) -> int:
         return command(cfg, runtime.start_world(cfg)) or 0
     except UserError as error:
         return runtime.fail(str(error), error.code, everywhere=error.code in (3, 4))
-    except KeyboardInterrupt:
-        return runtime.fail("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return runtime.fail(*(error.args or ("interrupted", 130)))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,23 @@ def test_two_steps_are_profiled_into_a_trace_and_a_table(shards, tmp_path):
     assert rows[0] == "profile: from step 6" and rows[1].startswith("profile: up to step 8, trace ")
     assert [re.match(r"profile: (.+?)  +\d+\.\d ms +\d+\.\d %$", row)[1] for row in rows[2:]] == [*REGIONS, "idle"]
     assert run.losses == plain.losses and any(line.startswith("untimed:profile ") for line in run.lines)
+    assert not any(line.startswith("untimed:profile ") for line in plain.lines)
+
+
+@pytest.mark.parametrize("first", [4, 2])  # a validation and a checkpoint stand before step 4, at whose end is step 2's
+def test_validations_and_checkpoints_around_the_steps_are_not_profiled(shards, tmp_path, monkeypatch, first):
+    begun, within = [], []
+
+    def watch(table, name, note):
+        function = getattr(table, name)
+        monkeypatch.setattr(table, name, lambda self, step, *args: (note(self, step), function(self, step, *args))[1])
+    watch(runtime.Profile, "begin", lambda profile, step: begun.extend(["begin"] * (step == profile.steps[0])))
+    watch(runtime.Profile, "end", lambda profile, step: begun.extend(["end"] * (step == profile.steps[1])))
+    for name in ("validate", "save"):
+        watch(train_gpt.Trial, name, lambda trial, step, name=name: within.append((name, step, begun == ["begin"])))
+    run = train(shards, tmp_path, profile=first, val_every=4, save_every=4)
+    assert begun == ["begin", "end"] and not any(inside for *_, inside in within)
+    assert {("validate", 4, False), ("save", 4, False)} <= set(within) and run.results[0]["steps"] == 14
 
 
 def event(name: str, start: int, end: int, cuda: bool = True) -> SimpleNamespace:
@@ -36,8 +53,27 @@ def test_kernels_are_counted_by_region_and_what_no_kernel_covers_is_idle():
               event("_attention_forward", 4000, 5000), event("triton_red_fused_mul_mean", 5000, 6000),
               event("_cross_entropy_kernel", 8000, 9000), event("aten::mm", 0, 10_000, cuda=False)]
     table = dict(re.match(r"profile: (.+?)  +(\S+) ms", row).groups() for row in region_table(events, 0.010, cuda=True))
-    assert table == {"communication": "1.0", "loss": "1.0", "attention": "1.0", "optimizer": "0.0", "GEMM": "3.0",
-                     "norms and other elementwise": "1.0", "idle": "4.0"}
+    assert table == {"communication": "1.0", "copies": "0.0", "loss": "1.0", "attention": "1.0", "optimizer": "0.0",
+                     "GEMM": "3.0", "norms and other elementwise": "1.0", "idle": "4.0"}
+
+
+@pytest.mark.parametrize("region, names", [
+    ("attention", ["_attention_prepare", "_attention_forward", "_attention_dq", "_attention_dkdv",
+                   "_attention_offset_dk"]),
+    ("loss", ["_loss_dense", "_loss_at_targets"]),
+    ("copies", ["Memcpy DtoH (Device -> Pageable)", "Memset (Device)", "memcpy128"]),
+    ("GEMM", ["nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "_relu_square_tiles", "_hopper_relu_square_backward",
+              "void cutlass::Kernel2<cutlass_75_tensorop_s1688gemm_bf16_64x64_nt_align1>",
+              "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16, false>"]),
+    ("optimizer", ["_symmetric_product", "triton_poi_fused__to_copy_copy__lerp_orthogonalise_rsub_0",
+                   "triton_poi_fused__to_copy_add_copy_copy__div_gt_mul_pow_rsub_sqrt_sub_0"]),
+    ("norms and other elementwise", ["triton_per_fused__fused_rms_norm_18", "_quantize_transpose", "_transpose",
+     "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16>>"]),
+])
+def test_the_kernels_of_a_step_on_an_h200_have_their_regions(region, names):
+    for name in names:
+        rows = region_table([event(name, 0, 1000)], 0.001, cuda=True)
+        assert [row.split("  ")[0] for row in rows if "100.0 %" in row] == [f"profile: {region}"], name
 
 
 def test_the_product_s_rate_is_its_operations_over_its_time(monkeypatch):
@@ -56,6 +92,13 @@ def test_the_product_s_rate_is_its_operations_over_its_time(monkeypatch):
 def test_a_profile_past_the_end_is_refused(shards):
     with pytest.raises(UserError, match="profile=13 takes two steps from there, and the run has 14: lower it"):
         tiny_config(shards, profile=13)
+
+
+def test_a_profile_with_a_validation_or_a_checkpoint_within_is_refused(shards):
+    for option in ("val_every", "save_every"):
+        with pytest.raises(UserError, match="profile=3 has a validation or a checkpoint between .*: take profile=4"):
+            tiny_config(shards, **{"val_every": 0, "profile": 3, option: 4})
+    tiny_config(shards, profile=4, val_every=4, save_every=4)
 
 
 def held(mib: int) -> list[torch.Tensor]:

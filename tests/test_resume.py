@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ DRIVER = """
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import runtime
 import train_gpt
 from conftest import tiny_config
@@ -134,6 +136,23 @@ def test_a_run_that_is_told_to_end_says_where_to_go_on(shards, tmp_path, number,
     error = run.stderr.read()
     assert re.fullmatch(rf"error: {says}.*; go on from its last checkpoint with resume=\S+\.pt\n", error), error
     assert Path(ROOT / re.search(r"resume=(\S+)", error)[1]).is_file() and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_run_that_is_told_to_end_while_it_compiles_says_so(shards):
+    """A compiler would wrap an Exception as a failure of its own, with a traceback."""
+    def backend(graph, inputs):
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    runtime.speak_on_sigterm()
+    try:
+        with pytest.raises(UserError, match="^ended by SIGTERM in training; the log so far is under") as told, \
+                runtime.told(tiny_config(shards), runtime.World(0, 1, torch.device("cpu")),
+                             SimpleNamespace(phase="training")):
+            torch.compile(lambda x: x + 1, backend=backend)(torch.zeros(3))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told.value.code == 143
 
 
 @pytest.mark.parametrize("before, after", [(4, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
