@@ -432,7 +432,7 @@ def start_world(cfg) -> World:
                         f"a node, for example NPROC={1 << (gpus.bit_length() - 1)} ./run.sh")
     if gpus and here > 1:  # each process has its GPU as number 0: so what one has compiled, all find in the cache
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank] if visible else str(local_rank)
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank].strip() if visible else str(local_rank)
     return World(rank, size, torch.device("cuda", 0) if gpus else torch.device("cpu"))
 
 
