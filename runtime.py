@@ -357,7 +357,6 @@ class Watch:
                 if len(slow) < len(alive):
                     return (f"rank {', '.join(slow)} has been stuck for {still:.0f} s, in work that took "
                             f"{self.longest:.1f} s at most before, and the others wait for it")
-        return None
 
     def judge(self) -> None:
         now = time.monotonic()
@@ -433,7 +432,8 @@ def start_world(cfg) -> World:
     if gpus and here > 1:  # each process has its GPU as number 0: so what one has compiled, all find in the cache
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank].strip() if visible else str(local_rank)
-    return World(rank, size, torch.device("cuda", 0) if gpus else torch.device("cpu"))
+    number = local_rank if torch.cuda.device_count() > 1 else 0  # more: the driver had begun, and goes by the old list
+    return World(rank, size, torch.device("cuda", number) if gpus else torch.device("cpu"))
 
 
 ARRIVAL = 300  # seconds in which all processes have to come, which import PyTorch at unlike speeds
@@ -627,13 +627,13 @@ class Profile:
     time by region. To start, stop and write is outside the clock; validations and checkpoints around the steps are
     not profiled. The profiler slows what it watches."""
 
-    def __init__(self, log: Log, first: int, clock: Clock):
-        self.log, self.clock, self.profiler = log, clock, None
+    def __init__(self, log: Log, first: int, clock: Clock, watch):
+        self.log, self.clock, self.watch, self.profiler = log, clock, watch, None
         self.steps = (first, first + 2) if first and log.path else ()
 
     def begin(self, step: int) -> None:
         if step in self.steps[:1]:
-            with self.clock.region("profile"):
+            with self.clock.region("profile"), self.watch.busy():
                 self.profiler = torch.profiler.profile()
                 self.profiler.start()
             self.since = time.perf_counter()
@@ -642,7 +642,7 @@ class Profile:
     def end(self, step: int) -> None:
         if self.profiler and step in self.steps[1:]:
             seconds, path = time.perf_counter() - self.since, self.log.path.with_suffix(".trace.json")
-            with self.clock.region("profile"):
+            with self.clock.region("profile"), self.watch.busy():
                 self.profiler.stop()
                 self.profiler.export_chrome_trace(str(path))
                 self.log.write("\n".join([f"profile: up to step {step}, trace {path.name}", *region_table(

@@ -271,7 +271,7 @@ def check_config(cfg: Config) -> None:
     need(not cfg.profile or cfg.profile + 2 <= cfg.last_step,
          f"profile={cfg.profile} takes two steps from there, and the run has {cfg.last_step}: lower it")
     need(not cfg.profile or all(not every or (cfg.profile + 1) % every for every in (cfg.val_every, cfg.save_every)),
-         f"profile={cfg.profile} has a validation or a checkpoint between its steps: take profile={cfg.profile + 1}")
+         f"profile={cfg.profile} has a validation or checkpoint between its steps: take another, or val_every=0")
     need(not cfg.resume or cfg.trials == 1, f"resume= goes on with one run, not trials={cfg.trials}: leave one out")
     for i, layer in enumerate(cfg.shape.layers):
         need(layer.window in ("", "short", "long") and {layer.reads, layer.mixes, layer.skip_from} <= {None, *range(i)},
@@ -1220,6 +1220,7 @@ class Trainer:
 
     def learn_slice(self, stage: int, tokens: Tensor, cu_seqlens: Tensor, weights: Tensor) -> Tensor:
         """Forward and backward of one slice: adds to the gradients and returns the loss, summed over its tokens."""
+        self.phase = "training"
         loss = self.slice_loss(self.model, tokens, cu_seqlens, self.cfg.stages[stage].max_doc, *self.rotary[stage],
                                stage_view(self.cfg, stage), weights, self.fp8)
         (loss / self.cfg.slices).backward()
@@ -1239,7 +1240,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate_slice(self, seen: tuple[int, View, int], tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Next-token loss of one slice, summed over its tokens, float64. seen: stage, view and longest document."""
-        stage, view, max_doc = seen
+        self.phase, (stage, view, max_doc) = "validation", seen
         x = self.hidden(tokens[:-1], cu_seqlens, max_doc, *self.rotary[stage], view)
         return sum(self.token_losses(rows, self.model.head, targets).double().sum()
                    for rows, targets in zip(x.split(32_768), tokens[1:].split(32_768), strict=True))
@@ -1444,7 +1445,7 @@ class Trial:
             raise UserError(f"resume={cfg.resume} had read other tokens: take the shards and options of its run")
         self.console.start(self.first)
         watch.working()
-        profile = Profile(self.log, cfg.profile, clock)
+        profile = Profile(self.log, cfg.profile, clock, watch)
         for step in range(self.first, steps + 1):
             last = step == steps
             validate = last or (cfg.val_every and step % cfg.val_every == 0)

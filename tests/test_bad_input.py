@@ -383,7 +383,8 @@ def test_more_processes_than_gpus_are_refused_on_every_process(monkeypatch, caps
 
 def test_each_of_several_processes_sees_its_own_gpu_as_number_0(monkeypatch):
     """What is compiled names the number: with one for all, each process finds in the cache what another compiled."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(
+        (os.environ["CUDA_VISIBLE_DEVICES"] or "0,1,2,3").split(",")))
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     for visible, expected in (("", "0123"), ("7,GPU-5,3,1", ("7", "GPU-5", "3", "1"))):
@@ -393,6 +394,9 @@ def test_each_of_several_processes_sees_its_own_gpu_as_number_0(monkeypatch):
             monkeypatch.setenv("LOCAL_RANK", str(rank))
             world = runtime.start_world(tiny_config(Path("none")))
             assert world.device == torch.device("cuda", 0) and os.environ["CUDA_VISIBLE_DEVICES"] == own
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)  # a driver that has begun goes by the list it found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert runtime.start_world(tiny_config(Path("none"))).device == torch.device("cuda", 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7,8")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name)
@@ -464,6 +468,19 @@ def test_out_of_memory_names_phase_and_setting(tiny_run, monkeypatch, tmp_path, 
     assert_one_sentence(stderr, f"out of memory in {phase} (peak ", remedy)
     log = read_log(tmp_path).splitlines()
     assert log[-1].startswith("step:2/14 ") and "seed:0" in log
+
+
+@pytest.mark.parametrize("function, phase, remedy", [("slice_loss", "training", "double slices= (now 8)"),
+                                                     ("token_losses", "validation", "halve val_slice_tokens=")])
+def test_out_of_memory_while_it_compiles_names_phase_and_setting(tiny_run, monkeypatch, function, phase, remedy):
+    def unlucky(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(train_gpt, function, unlucky)
+    monkeypatch.setattr(train_gpt, "compiler", lambda on: lambda function: function)  # of no consequence here
+    monkeypatch.setattr(train_gpt.Trainer, "train_step", None)  # the first pass of a compiled run does without
+    code, _, stderr = tiny_run(compile="on")
+    assert code == 3
+    assert_one_sentence(stderr, f"out of memory in {phase} (peak ", remedy)
 
 
 def test_a_run_that_diverges_stops_with_the_rates_to_lower_and_keeps_the_log(tiny_run, tmp_path):

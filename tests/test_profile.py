@@ -96,7 +96,7 @@ def test_a_profile_past_the_end_is_refused(shards):
 
 def test_a_profile_with_a_validation_or_a_checkpoint_within_is_refused(shards):
     for option in ("val_every", "save_every"):
-        with pytest.raises(UserError, match="profile=3 has a validation or a checkpoint between .*: take profile=4"):
+        with pytest.raises(UserError, match="profile=3 has a validation or checkpoint between .*: take another"):
             tiny_config(shards, **{"val_every": 0, "profile": 3, option: 4})
     tiny_config(shards, profile=4, val_every=4, save_every=4)
 
