@@ -1305,7 +1305,7 @@ class Trainer:
         """Each stage with and without Adam and each validation view, on made-up tokens; gives a stage's number, among
         how many, when it is through. alone: only what no other process waits for, each process from another stage on,
         so that they compile different ones and find the others in the cache."""
-        device, share = self.world.device, self.cfg.slices // self.world.size
+        device, share = self.world.device, 1 if alone else self.cfg.slices // self.world.size
         last, ends = stage_at(self.cfg, max(0, self.cfg.last_step - 1)), [0, *stage_ends(self.cfg)]
         spans = [(i, ends[i], ends[i + 1]) for i in range(last + 1) if ends[i] < ends[i + 1]]
         turn = self.world.rank * len(spans) // self.world.size * alone

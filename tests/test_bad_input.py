@@ -387,7 +387,7 @@ def test_each_of_several_processes_sees_its_own_gpu_as_number_0(monkeypatch):
         (os.environ["CUDA_VISIBLE_DEVICES"] or "0,1,2,3").split(",")))
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    for visible, expected in (("", "0123"), ("7,GPU-5,3,1", ("7", "GPU-5", "3", "1"))):
+    for visible, expected in (("", "0123"), ("7,GPU-5, 3,1", ("7", "GPU-5", "3", "1"))):
         for rank, own in enumerate(expected):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
             monkeypatch.setenv("RANK", str(rank))

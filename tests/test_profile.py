@@ -1,4 +1,5 @@
 """A profile is a trace and a table of time by region; the memory that a run will take is said before it."""
+import contextlib
 import dataclasses
 import json
 import re
@@ -40,6 +41,26 @@ def test_validations_and_checkpoints_around_the_steps_are_not_profiled(shards, t
     run = train(shards, tmp_path, profile=first, val_every=4, save_every=4)
     assert begun == ["begin", "end"] and not any(inside for *_, inside in within)
     assert {("validate", 4, False), ("save", 4, False)} <= set(within) and run.results[0]["steps"] == 14
+
+
+def test_no_process_is_taken_for_stuck_while_a_trace_is_written(tmp_path, monkeypatch):
+    """Writing takes as long as it takes: the watch over the processes is told."""
+    busy, seen = [], []
+
+    @contextlib.contextmanager
+    def told():
+        busy.append(True)
+        yield
+        busy.pop()
+    fake = SimpleNamespace(events=list, **{name: lambda *args, name=name: seen.append((name, bool(busy)))
+                                           for name in ("start", "stop", "export_chrome_trace")})
+    monkeypatch.setattr(torch.profiler, "profile", lambda: fake)
+    profile = runtime.Profile(runtime.Log(tmp_path / "a.txt"), 3, runtime.Clock(torch.device("cpu")),
+                              SimpleNamespace(busy=told))
+    for step in range(8):
+        profile.end(step)
+        profile.begin(step)
+    assert seen == [("start", True), ("stop", True), ("export_chrome_trace", True)] and not busy
 
 
 def event(name: str, start: int, end: int, cuda: bool = True) -> SimpleNamespace:

@@ -24,7 +24,6 @@ DRIVER = """
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 import runtime
 import train_gpt
 from conftest import tiny_config
