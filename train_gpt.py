@@ -444,8 +444,8 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, x, w, targets, weights, fp8, kernels):
         ctx.fp8 = fp8
         if fp8:
-            x, x_t, _ = kernels.quantize_transpose(x, x.new_full((), FP8_X, dtype=torch.float32), torch.float8_e4m3fn)
-            w, w_t, _ = kernels.quantize_transpose(w, w.new_full((), FP8_W, dtype=torch.float32), torch.float8_e4m3fn)
+            x, x_t = kernels.quantize_transpose(x, x.new_full((), FP8_X, dtype=torch.float32), torch.float8_e4m3fn)
+            w, w_t = kernels.quantize_transpose(w, w.new_full((), FP8_W, dtype=torch.float32), torch.float8_e4m3fn)
             logits = fp8_matmul(x, w.t(), FP8_X, FP8_W, fast=True)
             losses, *grads = kernels.cross_entropy(logits, targets, weights, 1 / FP8_GRAD, torch.float8_e5m2,
                                                    both_layouts=True)

@@ -223,36 +223,44 @@ def _store_gradient(grad, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, ROW
 
 
 @jit
-def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr, value_gate_ptr, T,
+def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr, value_gate_ptr, grad_ptr, T,
                        HEADS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
                        OFFSET: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr = 16):
-    """One program: BLOCK tokens of one head of Q, K or V, from the packed rows to a tensor of its own."""
+    """One program: BLOCK tokens of one head of Q, K or V, from the packed rows to a tensor of its own; or with grad_ptr
+    of K, from the gradient of the latter, in k_ptr, to the packed rows'."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     section, head = FIRST + tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    inside = tokens[:, None] < T
-    source = qkv_ptr + tokens[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
+    inside, token = tokens[:, None] < T, tokens[:, None].to(tl.int64)
+    at = token * (HEADS * (2 * WIDTH + V_WIDTH))
     if section == 2:
         v_cols = head * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
-        v = tl.load(source + 2 * HEADS * WIDTH + v_cols, mask=inside, other=0.0).to(tl.float32)
-        at = tokens[:, None].to(tl.int64) * (HEADS * V_WIDTH) + v_cols
+        v = tl.load(qkv_ptr + at + 2 * HEADS * WIDTH + v_cols, mask=inside, other=0.0).to(tl.float32)
+        target = token * (HEADS * V_WIDTH) + v_cols
         if value_ptr is not None:
             gate = tl.load(value_gate_ptr + tokens * HEADS + head, mask=tokens < T, other=0.0).to(tl.float32)
-            v += gate[:, None] * tl.load(value_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(v_ptr + at, v.to(v_ptr.dtype.element_ty), mask=inside)
+            v += gate[:, None] * tl.load(value_ptr + target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(v_ptr + target, v.to(v_ptr.dtype.element_ty), mask=inside)
     else:
         HELD: tl.constexpr = HEADS // PARTS  # heads of a row
         rows, cols = tokens * PARTS + head // HELD, tl.arange(0, WIDTH)[None, :]
-        source += (section * HEADS + head) * WIDTH
-        x = tl.load(source + cols, mask=inside, other=0.0).to(tl.float32)
-        if cos_ptr is not None:
-            x = _rstd(x, WIDTH) * _turn_rows(x, cos_ptr, sin_ptr, rows, inside, 1, BLOCK, WIDTH)
-        target = q_ptr if section == 0 else k_ptr
-        target += tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH + cols
+        at += (section * HEADS + head) * WIDTH
+        moved = q_ptr if section == 0 else k_ptr
+        moved += token * (HEADS * WIDTH) + head * WIDTH + cols
+        # The still half of a key goes to the row after; the first row keeps its own too.
         later = (cols >= WIDTH // 2) & (section == 1) & OFFSET
-        if OFFSET:  # the still half of a key goes to the row after; the first row keeps its own too
-            tl.store(target, x.to(q_ptr.dtype.element_ty), mask=later & (rows[:, None] == 0))
+        first, ahead = later & (rows[:, None] == 0), tl.where(later, HELD * WIDTH, 0)
         found = inside & (rows[:, None] + later.to(tl.int32) < T * PARTS)
-        tl.store(target + tl.where(later, HELD * WIDTH, 0), x.to(q_ptr.dtype.element_ty), mask=found)
+        if grad_ptr is None:
+            x = tl.load(qkv_ptr + at + cols, mask=inside, other=0.0).to(tl.float32)
+            if cos_ptr is not None:
+                x = _rstd(x, WIDTH) * _turn_rows(x, cos_ptr, sin_ptr, rows, inside, 1, BLOCK, WIDTH)
+            if OFFSET:
+                tl.store(moved, x.to(q_ptr.dtype.element_ty), mask=first)
+            tl.store(moved + ahead, x.to(q_ptr.dtype.element_ty), mask=found)
+        else:
+            dk = tl.load(moved + ahead, mask=found, other=0.0).to(tl.float32)
+            dk += tl.load(moved, mask=first, other=0.0).to(tl.float32)
+            _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, BLOCK, WIDTH)
 
 
 @jit
@@ -269,7 +277,7 @@ def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, firs
     full_from = tl.maximum(tl.load(first_ptr + (end - 1) // PARTS) * PARTS, end - 1 - window)
     slope = scale * TO_LOG2
     q = q_desc.load([row0, head * WIDTH])
-    total, top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], -1e30, tl.float32)
+    total, top = tl.zeros([ROWS], tl.float32), tl.full([ROWS], 0.0 if BOUNDED else -1e30, tl.float32)
     acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
     for key0 in tl.range(start, end, KEYS):
         k = k_desc.load([key0, head * WIDTH])
@@ -287,9 +295,7 @@ def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, firs
         total += tl.sum(p, 1)
         v = v_desc.load([key0, head * V_WIDTH])
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    lse, factor = tl.log2(total), 1 / total
-    if not BOUNDED:
-        lse += top
+    lse, factor = tl.log2(total) + top, 1 / total
     if gate_ptr is not None:  # exp2(score - lse) is then the gated probability: the backward pass needs no more
         gate = tl.load(gate_ptr + rows * (HEADS // PARTS) + head, mask=inside, other=1.0).to(tl.float32)
         factor *= gate
@@ -361,28 +367,11 @@ def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, las
     at = source + 2 * HEADS * WIDTH + held * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
     tl.store(grad_ptr + at, dv.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
     dk, at = dk * scale, source + (HEADS + held) * WIDTH
-    if dk_ptr is not None:  # a row's halves belong to two tokens here: _attention_offset_dk goes on
+    if dk_ptr is not None:  # a row's halves belong to two tokens here: _attention_prepare goes on
         dk_ptr += keys[:, None].to(tl.int64) * (HEADS // PARTS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
         tl.store(dk_ptr, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
     else:
         _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, keys, inside[:, None], KEYS, WIDTH)
-
-
-@jit
-def _attention_offset_dk(dk_ptr, qkv_ptr, grad_ptr, cos_ptr, sin_ptr, T, HEADS: tl.constexpr,
-                         PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, BLOCK: tl.constexpr = 16):
-    """One program: BLOCK tokens of one head, from the gradient of the offset keys to that of the raw ones."""
-    tokens, head = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
-    HELD: tl.constexpr = HEADS // PARTS
-    rows = tokens * PARTS + head // HELD
-    inside = tokens[:, None] < T
-    source = dk_ptr + tokens[:, None].to(tl.int64) * (HEADS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
-    later = tl.arange(0, WIDTH)[None, :] >= WIDTH // 2
-    found = inside & (rows[:, None] + later.to(tl.int32) < T * PARTS)
-    dk = tl.load(source + tl.where(later, HELD * WIDTH, 0), mask=found, other=0.0).to(tl.float32)
-    dk += tl.load(source, mask=later & (rows[:, None] == 0), other=0.0).to(tl.float32)
-    at = tokens[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH)) + (HEADS + head) * WIDTH
-    _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, BLOCK, WIDTH)
 
 
 def _attention_plan(qkv, prepared, heads, width, v_width, paired):
@@ -409,8 +398,8 @@ def _attention(qkv: Tensor, first: Tensor, last: Tensor, heads: int, width: int,
     sections = [i for i, x in enumerate(prepared) if x.numel()]
     if sections:
         _attention_prepare[triton.cdiv(len(qkv), 16), len(sections) * heads](
-            qkv, *prepared, cos, sin, value, value_gate, len(qkv), OFFSET=key_offset, FIRST=sections[0], num_warps=8,
-            **dims)
+            qkv, *prepared, cos, sin, value, value_gate, None, len(qkv), OFFSET=key_offset, FIRST=sections[0],
+            num_warps=8, **dims)
     keys = TILE // 2 if window <= SMALL_WINDOW else TILE
     _attention_forward[grid](
         *tiles(TILE, keys, keys), TensorDescriptor.from_tensor(out.view(rows, -1), [TILE, v_width]), gate, lse, first,
@@ -454,7 +443,8 @@ def _attention_backward(dout: Tensor, qkv: Tensor, gate: Tensor | None, first: T
     _attention_dkdv[grid](
         *tiles(TILE, TILE, TILE), dout, *sums, last, qkv, dqkv, dk, cos, sin, rows, window, scale, num_stages=2, **dims)
     if key_offset:
-        _attention_offset_dk[triton.cdiv(len(qkv), 16), heads](dk, qkv, dqkv, cos, sin, len(qkv), **dims)
+        _attention_prepare[triton.cdiv(len(qkv), 16), heads](
+            qkv, dk, dk, dk, cos, sin, None, None, dqkv, len(qkv), OFFSET=True, FIRST=1, **dims)
     dgate = qkv.new_empty(0) if gate is None else delta[:, :rows].t().reshape(gate.shape).to(gate.dtype).contiguous()
     return dqkv, dgate
 
@@ -790,23 +780,16 @@ def _check_cross_entropy(logits, targets, weights, *dtypes: torch.dtype) -> None
 def softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, grad_dtype,
                                        both_layouts=False) -> tuple[Tensor, Tensor, Tensor]:
     _check_cross_entropy(logits, targets, weights, *FLOATS, torch.float64)
-    (tokens, vocab), dtype = logits.shape, torch.promote_types(logits.dtype, torch.float32)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     weight, index = weights.to(dtype) * (targets >= 0), targets.long().clamp(min=0)  # weight 0 where no target is
-    losses, grad = logits.new_empty(tokens, dtype=dtype), torch.empty_like(logits, dtype=grad_dtype)
-    # Eager on a CPU, a few rows at a time: page faults of full-size temporaries cost more than all the arithmetic.
-    # A GPU prefers few launches, and torch.compile, which would unroll the loop, fuses the passes itself.
-    in_parts = logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    step = max(2**19 // vocab, 1) if in_parts else tokens
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        sig = logits[rows].to(dtype).add(SHIFT).mul_(1 / WIDTH).sigmoid_()
-        prob = torch.softmax(CAP * sig, 1)  # at least e^-23 / V, so its log is finite
-        losses[rows] = -(weight[rows] * prob.gather(1, index[rows]).log()).sum(1)
-        # d z / d logit = CAP / WIDTH * sig * (1 - sig); the constant goes where it multiplies least.
-        scaled = weight[rows] * (grad_scale * CAP / WIDTH)
-        prob.mul_(scaled.sum(1, keepdim=True)).scatter_add_(1, index[rows], -scaled)
-        prob.mul_(sig.addcmul_(sig, sig, value=-1))
-        grad[rows] = prob.clamp_(-E5M2_MAX, E5M2_MAX) if grad_dtype == torch.float8_e5m2 else prob
+    sig = logits.to(dtype).add(SHIFT).mul_(1 / WIDTH).sigmoid_()
+    prob = torch.softmax(CAP * sig, 1)  # at least e^-23 / V, so its log is finite
+    losses = -(weight * prob.gather(1, index).log()).sum(1)
+    # d z / d logit = CAP / WIDTH * sig * (1 - sig); the constant goes where it multiplies least.
+    scaled = weight * (grad_scale * CAP / WIDTH)
+    grad = prob.mul_(scaled.sum(1, keepdim=True)).scatter_add_(1, index, -scaled)
+    grad = grad.mul_(sig.addcmul_(sig, sig, value=-1))
+    grad = (grad.clamp_(-E5M2_MAX, E5M2_MAX) if grad_dtype == E5M2 else grad).to(grad_dtype)
     return losses, grad, grad.t().contiguous() if both_layouts else grad.new_empty(0, 0)
 
 
@@ -841,15 +824,19 @@ def _loss_sigmoid_and_rest(logits):
 
 
 @jit
-def _loss_power_and_slope(logits, FAST: tl.constexpr):
-    """exp(z - CAP / 2), and the same times 4 * sig * rest."""
+def _loss_tile(logits_ptr, rows, cols, T, end, V, FAST: tl.constexpr, POLICY: tl.constexpr):
+    """Offsets, mask, exp(z - CAP / 2), and the same times 4 * sig * rest."""
+    inside = (rows < T)[:, None] & (cols < end)[None, :]
+    at = rows.to(tl.int64)[:, None] * V + cols[None, :]  # T * V passes 2^31 at 43,000 rows of 50,304
+    logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf"), eviction_policy=POLICY)
     if FAST:
-        return tl.inline_asm_elementwise(
+        power, slope = tl.inline_asm_elementwise(
             LOSS_PTX, "=&f,=&f,=&f,=&f,=&r,=&r,r,r", [logits], (tl.float32, tl.bfloat16), True, 4)
     else:
         sig, rest = _loss_sigmoid_and_rest(logits)
         power = tl.exp2(rest * LOSS_DROP + LOSS_MIDDLE)
-        return power, 4.0 * sig * rest * power
+        slope = 4.0 * sig * rest * power
+    return at, inside, power, slope
 
 
 @jit
@@ -891,13 +878,8 @@ def _loss_dense(logits_ptr, targets_ptr, weights_ptr, totals_ptr, counts_ptr, gr
             total = tl.zeros([ROWS], tl.float32)
             for first in tl.range(start, end, COLS, num_stages=1):
                 cols = first + tl.arange(0, COLS)
-                inside = (rows < T)[:, None] & (cols < end)[None, :]
-                at = rows.to(tl.int64)[:, None] * V + cols[None, :]  # T * V passes 2^31 at 43,000 rows of 50,304
-                logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf"), eviction_policy="evict_last")
-                power, _ = _loss_power_and_slope(logits, FAST)
-                total += tl.sum(power if FAST else tl.where((cols < end)[None, :], power, 0.0), 1)
-            if FAST:  # cheaper than a mask: each column past the end added exp(-CAP / 2)
-                total -= (tl.cdiv(end - start, COLS) * COLS - (end - start)) * LOSS_FLOOR
+                _, _, power, _ = _loss_tile(logits_ptr, rows, cols, T, end, V, FAST, "evict_last")
+                total += tl.sum(tl.where((cols < end)[None, :], power, 0.0), 1)
             # In float64, rounded to fp32 when read, so that the order of the additions hardly ever shows.
             tl.atomic_add(totals_ptr + rows, total.to(tl.float64), mask=rows < T, sem="relaxed")
             tl.debug_barrier()  # all threads' additions before the one release
@@ -910,19 +892,15 @@ def _loss_dense(logits_ptr, targets_ptr, weights_ptr, totals_ptr, counts_ptr, gr
         share *= grad_scale * LOSS_STEEPNESS * 0.25 / total
         for first in tl.range(start, end, COLS, num_stages=1):
             cols = first + tl.arange(0, COLS)
-            inside = (rows < T)[:, None] & (cols < end)[None, :]
-            at = rows.to(tl.int64)[:, None] * V + cols[None, :]
-            logits = tl.load(logits_ptr + at, mask=inside, other=float("-inf"), eviction_policy="evict_first")
-            _, grad = _loss_power_and_slope(logits, FAST)
+            at, inside, _, grad = _loss_tile(logits_ptr, rows, cols, T, end, V, FAST, "evict_first")
             if FAST:  # to fp32
                 grad = tl.inline_asm_elementwise(
                     "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [grad], tl.float32, True, 2)
             grad = _loss_stored(grad * share[:, None], grad_ptr.dtype.element_ty, FAST)
             tl.store(grad_ptr + at, grad, mask=inside, cache_modifier=".cs")
             if BOTH:
-                inside = (cols < end)[:, None] & (rows < T)[None, :]
                 at = cols.to(tl.int64)[:, None] * T + rows[None, :]
-                tl.store(grad_t_ptr + at, tl.trans(grad), mask=inside, cache_modifier=".cs")
+                tl.store(grad_t_ptr + at, tl.trans(grad), mask=tl.trans(inside), cache_modifier=".cs")
 
 
 @jit
@@ -1019,10 +997,10 @@ def orthogonalise_reference(g: Tensor) -> Tensor:
 
 @jit
 def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, TRACE: tl.constexpr, TALL: tl.constexpr,
-                       EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr):
     """One tile of gram(x), or where POLYNOMIAL of a * 1 + b x + c x x', of one matrix: a tile of the BM x BM blocks on
     and below the diagonal, BN dividing BM, stored twice. TRACE, not 0: x is a Gram matrix of at most TRACE rows, and
-    a, b, c are for x over (1.02 ||g||_F + 1e-6)^2, its trace being ||g||_F^2. EVEN: no tile juts out."""
+    a, b, c are for x over (1.02 ||g||_F + 1e-6)^2, its trace being ||g||_F^2."""
     S, K = (C, R) if TALL else (R, C)
     m, k = (1, C) if TALL else (C, 1)
     x_ptr += tl.program_id(1).to(tl.int64) * R * C
@@ -1036,7 +1014,7 @@ def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, 
     ks = tl.arange(0, BK)
     left_ptrs = x_ptr + rows * m + ks[None, :] * k
     right_ptrs = x_ptr + ks[:, None] * k + cols * m
-    inside, other = (None, None) if EVEN else ((rows < S) & (cols < S), 0.0)
+    inside = (rows < S) & (cols < S)
     if POLYNOMIAL:  # loaded before the sum, which hides its latency
         own = tl.load(x_ptr + rows * S + cols, mask=inside)
         if TRACE:
@@ -1047,8 +1025,8 @@ def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, 
             a, b, c = a * scale, b * cube, c * cube * (scale * scale)
     acc = tl.zeros([BM, BN], tl.float32)
     for done in tl.range(0, K, BK, num_stages=STAGES):
-        left = tl.load(left_ptrs, None if EVEN else (rows < S) & (ks[None, :] < K - done), other)
-        right = tl.load(right_ptrs, None if EVEN else (ks[:, None] < K - done) & (cols < S), other)
+        left = tl.load(left_ptrs, mask=(rows < S) & (ks[None, :] < K - done), other=0.0)
+        right = tl.load(right_ptrs, mask=(ks[:, None] < K - done) & (cols < S), other=0.0)
         acc = tl.dot(left, right, acc, input_precision="ieee")
         left_ptrs += BK * k
         right_ptrs += BK * k
@@ -1057,8 +1035,7 @@ def _symmetric_product(x_ptr, out_ptr, R, C, a, b, c, POLYNOMIAL: tl.constexpr, 
     value = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + rows * S + cols, value, mask=inside)
     if (j + 1) * BN <= i * BM:  # below the diagonal's blocks, all of whose tiles are computed
-        above = None if EVEN else tl.trans(inside)
-        tl.store(out_ptr + tl.trans(cols) * S + tl.trans(rows), tl.trans(value), mask=above)
+        tl.store(out_ptr + tl.trans(cols) * S + tl.trans(rows), tl.trans(value), mask=tl.trans(inside))
 
 
 def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> Tensor:
@@ -1068,10 +1045,9 @@ def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> 
     if not x.is_cuda or x.dtype == torch.float32:
         bm, bn, bk, stages, warps = 32, 16, 32, 2, 4
     out, blocks = x.new_empty(count, short, short), triton.cdiv(short, bm)
-    even = all(size % side == 0 for size in (rows, cols) for side in (bm, bk))
     _symmetric_product[(bm // bn * (blocks * (blocks + 1) // 2), count)](
         x, out, rows, cols, *(factors or (0.0, 0.0, 0.0)), bool(factors), triton.next_power_of_2(short) * scaled,
-        rows > cols, even, bm, bn, bk, stages, num_warps=warps)
+        rows > cols, bm, bn, bk, stages, num_warps=warps)
     return out
 
 
@@ -1097,12 +1073,11 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 # --- Transposes: a copy, an addition in place, quantised to FP8 both ways ---------------------------------------------
 #     transpose_copy:  out = src'           transpose_add_:  dst += src'
-#     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q',  amax = max |x|, one per matrix
+#     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q'
 # src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
 # out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src, not src itself
-# x     (M, N) or (B, M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
-# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2
-# scale ()  or, with a batch, (B,): fp32, in the device's memory      amax  () or (B,) fp32; NaN where x has one
+# x     (M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
+# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2        scale ()  fp32, in the device's memory
 
 TURN_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
@@ -1114,10 +1089,9 @@ def _check_turn(src: Tensor, dst: Tensor | None = None, dtypes: Sequence[torch.d
 
 
 def _check_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    whole = x.ndim in (2, 3) and 0 not in x.shape and x.shape[-2] % 16 == x.shape[-1] % 16 == 0
-    _expect("x", x, whole, "(M, N) or (B, M, N), M and N multiples of 16", FLOATS)
-    fits = scale.shape in ((), x.shape[:-2])
-    _expect("scale", scale, fits, "() or one for each matrix of x", (torch.float32,), x.device)
+    whole = x.ndim == 2 and 0 not in x.shape and x.shape[0] % 16 == x.shape[1] % 16 == 0
+    _expect("x", x, whole, "(M, N), multiples of 16", FLOATS)
+    _expect("scale", scale, scale.ndim == 0, (), (torch.float32,), x.device)
     if dtype not in (E4M3, E5M2):
         raise ValueError(f"dtype is {dtype}: pass {E4M3} or {E5M2}.")
 
@@ -1132,11 +1106,11 @@ def transpose_add_reference_(dst: Tensor, src: Tensor) -> None:
     dst.add_(src.t())
 
 
-def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     _check_quantize(x, scale, dtype)
-    scaled = x.float() * (1 / scale).expand(x.shape[:-2])[..., None, None]
-    q = scaled.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    return q, q.mT.contiguous(), x.abs().amax((-2, -1)).float()
+    limit = torch.finfo(dtype).max
+    q = (x.float() * (1 / scale)).clamp(-limit, limit).to(dtype)
+    return q, q.t().contiguous()
 
 
 @jit
@@ -1169,17 +1143,13 @@ def _transpose(src_ptr, dst_ptr, M, N, PACK: tl.constexpr, ADD: tl.constexpr, BM
 
 
 @jit
-def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, amax_ptr, M, N, scale_step, DTYPE: tl.constexpr,
-                        LIMIT: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """As _transpose with words of 4 rows; program (i, b) has tile i of matrix b."""
+def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, M, N, DTYPE: tl.constexpr, LIMIT: tl.constexpr,
+                        ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """As _transpose with words of 4 rows."""
     src, src_inside, dst, dst_inside = _turn_tiles(M, N, 4, BM, BN)
-    batch = tl.program_id(1).to(tl.int64)
-    src += batch * M * N
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr + batch * scale_step))
-    bits, parts = tl.zeros([BM, BN], tl.int32), ()
+    inverse, parts = tl.div_rn(1.0, tl.load(scale_ptr)), ()
     for r in tl.static_range(4):
         x = tl.load(x_ptr + src + r * N, mask=src_inside, other=0.0).to(tl.float32)
-        bits = tl.maximum(bits, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)  # ordered as |x|, a NaN above all
         x = tl.clamp(x * inverse, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
         tl.store(q_ptr + src + r * N, x.to(DTYPE).to(tl.uint8, bitcast=True), mask=src_inside)
         parts = parts + (x,)
@@ -1189,8 +1159,7 @@ def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, amax_ptr, M, N, scale_st
         word = tl.zeros([BM, BN], tl.uint32)
         for r in tl.static_range(4):
             word |= parts[r].to(DTYPE).to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * r)
-    tl.store(t_ptr + batch * (M // 4) * N + dst, tl.trans(word), mask=dst_inside)
-    tl.atomic_max(amax_ptr + batch, tl.max(tl.max(bits, 1), 0), sem="relaxed")  # any order: repeatable
+    tl.store(t_ptr + dst, tl.trans(word), mask=dst_inside)
 
 
 def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
@@ -1218,21 +1187,20 @@ def transpose_add_(dst: Tensor, src: Tensor) -> None:
 
 
 def _quantize_outputs(x, scale, dtype):
-    return (x.new_empty(x.shape, dtype=dtype), x.new_empty(x.mT.shape, dtype=dtype),
-            x.new_zeros(x.shape[:-2], dtype=torch.float32))
+    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
 
 
 @operation(quantize_transpose_reference, outputs=_quantize_outputs)
-def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, q_t, amax): x / scale in FP8, saturated, the same transposed, and each matrix's max |x|."""
+def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(q, q_t): x / scale in FP8, saturated, and the same transposed."""
     _check_quantize(x, scale, dtype)
-    q, q_t, amax = _quantize_outputs(x, scale, dtype)
-    (m, n), (bm, bn), e4m3 = x.shape[-2:], (16, 128), dtype == E4M3
-    _quantize_transpose[triton.cdiv(m // 4, bm) * triton.cdiv(n, bn), x.numel() // (m * n)](
-        x, scale, q.view(torch.uint8), q_t.view(torch.uint32), amax.view(torch.int32), m, n, scale.ndim,
-        DTYPE=tl.float8e4nv if e4m3 else tl.float8e5, LIMIT=torch.finfo(dtype).max,
-        ASM=None if INTERPRETED else (E4M3_WORD if e4m3 else E5M2_WORD).value, BM=bm, BN=bn, num_warps=4)
-    return q, q_t, amax
+    q, q_t = _quantize_outputs(x, scale, dtype)
+    (m, n), (bm, bn), e4m3 = x.shape, (16, 128), dtype == E4M3
+    _quantize_transpose[(triton.cdiv(m // 4, bm) * triton.cdiv(n, bn),)](
+        x, scale, q.view(torch.uint8), q_t.view(torch.uint32), m, n, DTYPE=tl.float8e4nv if e4m3 else tl.float8e5,
+        LIMIT=torch.finfo(dtype).max, ASM=None if INTERPRETED else (E4M3_WORD if e4m3 else E5M2_WORD).value, BM=bm,
+        BN=bn, num_warps=4)
+    return q, q_t
 
 
 # --- What runs on the GPU at hand -------------------------------------------------------------------------------------

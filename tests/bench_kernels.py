@@ -174,12 +174,11 @@ def layout_rows() -> Iterator[Row]:
     yield Row("transpose_add_", "768 x 50,304 bf16", lambda: tk.transpose_add_(dst, src),
               compiled(lambda: dst.add_(src.t())), 3 * src.nbytes)
     scale = torch.full((), 0.05, device="cuda")
-    for shape in ((50304, 768), (24, 3072, 768), (16384, 3072)):
-        x = randn(*shape)
-        scales = scale.expand(shape[:-2]).contiguous()
-        yield Row("quantize_transpose, both layouts, amax", " x ".join(f"{n:,}" for n in shape),
-                  lambda x=x, s=scales: tk.quantize_transpose(x, s, E4),
-                  compiled(lambda x=x, s=scales: tk.quantize_transpose_reference(x, s, E4)), 2 * x.nbytes)
+    for rows, cols in ((50304, 768), (16384, 768), (16384, 3072)):
+        x = randn(rows, cols)
+        yield Row("quantize_transpose, both layouts", f"{rows:,} x {cols:,}",
+                  lambda x=x: tk.quantize_transpose(x, scale, E4),
+                  compiled(lambda x=x: tk.quantize_transpose_reference(x, scale, E4)), 2 * x.nbytes)
 
 
 def measured_rates() -> dict[str, float]:

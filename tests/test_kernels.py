@@ -80,8 +80,9 @@ NUMBERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "last_
 
 @pytest.mark.skipif(not TRITON, reason="triton cannot be imported")
 @pytest.mark.parametrize("kernel, constants", [
-    ("_attention_prepare", {"OFFSET": True, "FIRST": 0}), ("_attention_forward", {"BOUNDED": False, "KEYS": 32}),
-    ("_attention_dq", {}), ("_attention_dkdv", {}), ("_attention_offset_dk", {})], ids=str)
+    ("_attention_prepare", {"OFFSET": True, "FIRST": 0, "grad_ptr": None}),
+    ("_attention_prepare", {"OFFSET": True, "FIRST": 1}), ("_attention_forward", {"BOUNDED": False, "KEYS": 32}),
+    ("_attention_dq", {}), ("_attention_dkdv", {})], ids=str)
 @pytest.mark.parametrize("widths", [(64, 128), (128, 64)], ids=str)
 def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, constants, widths):
     """The interpreter runs what the compiler refuses, such as a name of two shapes in two branches."""
@@ -95,9 +96,9 @@ def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, con
     constants = {"HEADS": 6, "PARTS": 2, "WIDTH": widths[0], "V_WIDTH": widths[1], **constants}
     signature, kinds = {}, POINTERS | NUMBERS | boxes | sums
     for parameter in function.params:
-        signature[parameter.name] = kinds.get(parameter.name, "constexpr")
         if parameter.name not in kinds:
             constants.setdefault(parameter.name, parameter.default)
+        signature[parameter.name] = "constexpr" if parameter.name in constants else kinds[parameter.name]
     compiled = tk.triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert "ptx" in compiled.asm
 

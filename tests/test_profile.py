@@ -79,8 +79,7 @@ def test_kernels_are_counted_by_region_and_what_no_kernel_covers_is_idle():
 
 
 @pytest.mark.parametrize("region, names", [
-    ("attention", ["_attention_prepare", "_attention_forward", "_attention_dq", "_attention_dkdv",
-                   "_attention_offset_dk"]),
+    ("attention", ["_attention_prepare", "_attention_forward", "_attention_dq", "_attention_dkdv"]),
     ("loss", ["_loss_dense", "_loss_at_targets"]),
     ("copies", ["Memcpy DtoH (Device -> Pageable)", "Memset (Device)", "memcpy128"]),
     ("GEMM", ["nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", "_relu_square_tiles", "_hopper_relu_square_backward",

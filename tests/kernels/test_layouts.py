@@ -76,15 +76,12 @@ def test_kernel_transpose_add_matches_reference(dtypes):
 
 def assert_quantized(x, scale, dtype):
     poison(x.shape, dtype=dtype)
-    q, q_t, amax = tk.quantize_transpose.kernel(x, scale, dtype)
-    exact = x.double() / scale.double().expand(x.shape[:-2])[..., None, None]
-    exact = exact.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
-    *expected, expected_amax = tk.quantize_transpose_reference(x, scale, dtype)
-    for out, same, double in zip((q, q_t), expected, (exact, exact.mT), strict=True):
+    outputs, expected = (f(x, scale, dtype) for f in (tk.quantize_transpose.kernel, tk.quantize_transpose_reference))
+    exact = (x.double() / scale.double()).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    for out, same, double in zip(outputs, expected, (exact, exact.t()), strict=True):
         assert out.dtype == dtype and out.is_contiguous()
         assert_close(out.float(), double, TOLERANCE[dtype])
         assert INTERPRETED or torch.equal(out.view(U8), same.view(U8))  # the interpreter rounds ties otherwise
-    assert torch.equal(amax, expected_amax) and amax.dtype == F32
 
 
 @runs_kernel
@@ -93,32 +90,27 @@ def assert_quantized(x, scale, dtype):
 def test_kernel_quantize_transpose_matches_reference(source, dtype):
     for shape in [(16, 16), (16, 144), (144, 16), (272, 80)]:
         assert_quantized(draw(*shape, dtype=source), draw().abs() / 100, dtype)
-        assert_quantized(draw(3, *shape, dtype=source), draw(3).abs() / 100 + 0.01, dtype)
-    assert_quantized(draw(2, 48, 32, dtype=source), draw().abs() / 100, dtype)  # one scale for all matrices
 
 
 @runs_kernel
 @pytest.mark.parametrize("dtype", [E4, E5])
 def test_kernel_quantize_transpose_saturates_and_shows_a_nan(dtype):
-    x = draw(2, 16, 32)
-    x[0, 1, 2], x[0, 3, 4], x[1, 5, 6] = 1e30, float("-inf"), float("nan")
+    x, limit = draw(16, 32), torch.finfo(dtype).max
+    x[1, 2], x[3, 4], x[5, 6] = 1e30, float("-inf"), float("nan")
     for function in (tk.quantize_transpose.kernel, tk.quantize_transpose_reference):
-        q, q_t, amax = function(x, torch.ones(2, device=DEVICE), dtype)
-        limit = torch.finfo(dtype).max
-        for out, (i, j) in ((q, (-2, -1)), (q_t, (-1, -2))):
-            out = out.float().movedim((i, j), (-2, -1))
-            assert out[0, 1, 2] == limit and out[0, 3, 4] == -limit
-            assert out.isnan().nonzero().tolist() == [[1, 5, 6]] or INTERPRETED  # it has no NaN in e4m3
-        assert amax[0] == float("inf") and amax[1].isnan()
+        q, q_t = function(x, torch.ones((), device=DEVICE), dtype)
+        for out in (q.float(), q_t.float().t()):
+            assert out[1, 2] == limit and out[3, 4] == -limit
+            assert out.isnan().nonzero().tolist() == [[5, 6]] or INTERPRETED  # it has no NaN in e4m3
 
 
 @runs_kernel
 def test_kernel_transposes_under_torch_compile():
     def function(x, scale):
-        q, q_t, amax = tk.quantize_transpose.kernel(x * 2, scale, E4)
+        q, q_t = tk.quantize_transpose.kernel(x * 2, scale, E4)
         total = torch.zeros_like(x.t(), memory_format=torch.contiguous_format)
         tk.transpose_add_.kernel(total, x)
-        return tk.transpose_copy.kernel(q), q_t, amax + 1, total + 1
+        return tk.transpose_copy.kernel(q), q_t, total + 1
 
     x, scale = draw(32, 48), draw().abs() / 10
     compiled = torch.compile(function, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
@@ -131,14 +123,14 @@ def test_kernel_transposes_beyond_int32_elements():
     src = torch.randint(0, 255, (43_008, 50_304), dtype=U8, device=DEVICE)
     assert torch.equal(tk.transpose_copy(src), src.t())
     assert torch.equal(tk.transpose_copy(src[1:]), src[1:].t())  # an odd number of rows: no words
-    q, q_t, amax = tk.quantize_transpose(src.to(BF16), src.new_tensor(1.0, dtype=F32), E5)
-    assert amax == 254 and torch.equal(q_t.view(U8), q.view(U8).t())
+    q, q_t = tk.quantize_transpose(src.to(BF16), src.new_tensor(1.0, dtype=F32), E5)
+    assert torch.equal(q_t.view(U8), q.view(U8).t()) and q.float().max() == 256  # 254 to e5m2's next
 
 
 @needs_cuda
-@pytest.mark.parametrize(("shape", "dtype"), [((24, 3072, 768), E4), ((16_384, 768), E4), ((16_384, 3072), E5)])
+@pytest.mark.parametrize(("shape", "dtype"), [((50_304, 768), E4), ((16_384, 768), E4), ((16_384, 3072), E5)])
 def test_kernel_quantize_transpose_at_real_size(shape, dtype):
-    assert_quantized(draw(*shape, dtype=BF16), draw(*shape[:-2]).abs() / 100 + 0.01, dtype)
+    assert_quantized(draw(*shape, dtype=BF16), draw().abs() / 100 + 0.01, dtype)
 
 
 ########################################################################################################################
@@ -152,8 +144,8 @@ def test_cpu_takes_the_reference():
     assert torch.equal(tk.transpose_copy(streams[0]), streams[0].t())
     tk.transpose_add_(total := torch.ones(8, 3), streams[0])
     assert torch.equal(total, streams[0].t() + 1)
-    q, q_t, amax = tk.quantize_transpose(x := torch.randn(16, 32), torch.tensor(0.5), E4)
-    assert amax == x.abs().max() and torch.equal(q.float(), (x * 2).to(E4).float())
+    q, q_t = tk.quantize_transpose(x := torch.randn(16, 32), torch.tensor(0.5), E4)
+    assert torch.equal(q.float(), (x * 2).to(E4).float())
     assert torch.equal(q_t.float(), q.float().t())
 
 
@@ -169,7 +161,7 @@ S, W, C = torch.ones(4, 6), torch.ones(16, 32), torch.ones(())
         (lambda: tk.transpose_copy(S[:0]), r"src must be .*neither of them 0.*shape \(0, 6\)"),
         (lambda: tk.transpose_add_(S.clone(), S), r"dst must be \(6, 4\).*of shape \(4, 6\)"),
         (lambda: tk.quantize_transpose(S, C, E4), r"x must be .*multiples of 16.*of shape \(4, 6\)"),
-        (lambda: tk.quantize_transpose(W, torch.ones(4), E4), r"scale must be \(\) or one for each.*of shape \(4,\)"),
+        (lambda: tk.quantize_transpose(W, torch.ones(4), E4), r"scale must be \(\).*of shape \(4,\)"),
         (lambda: tk.quantize_transpose(W, C.double(), E4), "scale must be .*torch.float32, not torch.float64"),
         (lambda: tk.quantize_transpose(W, C, F16), "dtype is torch.float16: pass"),
         (lambda: tk.quantize_transpose(S.t(), C, E4), r"x must be .*of shape \(6, 4\) with strides \(1, 6\)"),
