@@ -634,18 +634,14 @@ class GPT(nn.Module):
         added to V; excluded: (T, H)."""
         heads, head_dim = self.shape.heads, self.shape.head_dim
         w_qk, (w_v, w_out), (qkv_scale, out_scale), gate_weight = rows
-        w_qkv = torch.cat((w_qk.flatten(0, 1), w_v))
-        embedded, value_gate = (value[0], 2 * gate(x, value[1])) if value is not None else (None, None)
+        qk, v = x @ (qkv_scale * w_qk.flatten(0, 1)).t(), (x @ (qkv_scale * w_v).t()).view(-1, heads, head_dim)
+        if value is not None:
+            v = v + 2 * gate(x, value[1])[..., None] * value[0].view(v.shape)
         if extra is not None:
-            embedded = extra if embedded is None else extra + weigh(value_gate[:, None], (embedded,))
-            value_gate = x.new_ones(len(x), heads)
-        qkv = x @ (qkv_scale * w_qkv).t()
-        y = self.kernels.attention(
-            qkv, where, heads, head_dim, head_dim, getattr(view, layer.window), view.scale, cos, sin,
-            gate(x, gate_weight), embedded, value_gate, paired=layer.paired, key_offset=layer.key_offset)
+            v = v + extra.view(v.shape)
+        y = self.kernels.attention(qk, v.flatten(1), where, heads, getattr(view, layer.window), view.scale, cos, sin,
+                                   gate(x, gate_weight), paired=layer.paired, key_offset=layer.key_offset)
         if layer.exclusive:
-            v = qkv[:, -self.shape.dim:].view(-1, heads, head_dim)
-            v = v if embedded is None else v + value_gate[..., None] * embedded.view(v.shape)
             y = exclude(y.view(v.shape), v, excluded).flatten(1)
         return y @ (out_scale * w_out).t()
 

@@ -89,20 +89,20 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 
 # --- Causal attention over packed documents with a left window --------------------------------------------------------
 #     out_i = gate_i * sum_j softmax_j(scale * q_i . k_j) v_j   over j <= i <= j + window in i's document
-# qkv         (T, 2 H W + H V)  packed rows: H query, H key heads of width W, H value heads of width V; 64 or 128 each
+# qk          (T, 2 H W)        rows of H query heads, then H key heads of width W, 64 or 128
+# v           (T, H V)          H value heads of width V, 64 or 128
 # documents   Documents         made once a batch of T tokens by `documents`; window 0 to 2^30, scale above 0
 # cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed, then channel j turns with channel j + W / 4,
 #                               and the second half of the channels stands still
 # gate        (T, H)            above 0 (its logarithm joins the log-sum-exp; at 0 its gradient is 0), or None, for 1
-# value       (T, H V)          or None. With it and value_gate (T, H), value_gate * value is added to v
 # paired                        token t becomes rows 2t and 2t + 1 of a sequence with half of the heads each
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
 # out         (T, H V)
 #
 # All contiguous and of one dtype, bf16 or fp16 (interpreter: fp32; reference: any dtype, any widths); sums are fp32.
-# Differentiable by qkv, gate, value and value_gate. Deterministic: no atomics.
+# Differentiable by qk, v and gate. Deterministic: no atomics.
 # Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442); rotary embedding (2104.09864), half-truncated in
-# modded-nanogpt's record #20; gates #28; value embeddings (2410.17897), #14; key offset #49; paired heads #58.
+# modded-nanogpt's record #20; gates #28; key offset #49; paired heads #58.
 
 
 class Documents(NamedTuple):
@@ -138,23 +138,20 @@ def softmax_by_blocks(q, k, v, documents, parts, window, scale, block) -> Tensor
     return torch.cat(out)
 
 
-def attention_reference(qkv: Tensor, documents: Documents, heads: int, width: int, v_width: int, window: int,
-                        scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
-                        value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
-                        key_offset: bool = False, block: int = 512, softmax: Callable = softmax_by_blocks) -> Tensor:
+def attention_reference(qk: Tensor, v: Tensor, documents: Documents, heads: int, window: int, scale: float,
+                        cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
+                        paired: bool = False, key_offset: bool = False, block: int = 512,
+                        softmax: Callable = softmax_by_blocks) -> Tensor:
     """The definition. softmax gets q, k (rows, H', W) and v (rows, H', V) and returns (rows, H', V)."""
-    _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset)
+    _check_attention(qk, v, heads, cos, sin, gate, paired, key_offset)
     parts = 1 + paired
-    q, k, v = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
-    if value is not None:
-        v = v + (value_gate[:, :, None] * value.view(-1, heads, v_width)).flatten(1)
-    q, k, v = (x.reshape(len(x) * parts, heads // parts, -1) for x in (q, k, v))
+    q, k, v = (x.reshape(len(x) * parts, heads // parts, -1) for x in (*qk.chunk(2, dim=1), v))
     if cos is not None:
-        q, k = (rotate(F.rms_norm(x, (width,)), cos[:len(x)], sin[:len(x)]) for x in (q, k))
+        q, k = (rotate(F.rms_norm(x, x.shape[2:]), cos[:len(x)], sin[:len(x)]) for x in (q, k))
     if key_offset:
         turning, still = k.chunk(2, dim=-1)
         k = torch.cat((turning, torch.cat((still[:1], still[:-1]))), dim=-1)
-    out = softmax(q, k, v, documents, parts, window, scale, block).reshape(-1, heads, v_width)
+    out = softmax(q, k, v, documents, parts, window, scale, block).reshape(len(qk), heads, -1)
     return (out if gate is None else out * gate[:, :, None]).flatten(1)
 
 
@@ -167,18 +164,19 @@ def attention_library(*args, **options) -> Tensor:
     return attention_reference(*args, **options, softmax=softmax)
 
 
-def _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset) -> None:
+def _check_attention(qk, v, heads, cos, sin, gate, paired, key_offset) -> None:
     if paired and heads % 2:
         raise ValueError(f"{heads} heads cannot be paired: take an even number.")
-    if (cos is None) != (sin is None) or (value is None) != (value_gate is None) or key_offset and cos is None:
-        raise ValueError("cos and sin, value and value_gate are pairs, and key_offset needs cos and sin: pass both.")
-    tokens, rows = len(qkv), len(qkv) * (1 + paired)
+    if (cos is None) != (sin is None) or key_offset and cos is None:
+        raise ValueError("cos and sin are a pair, and key_offset needs them: pass both.")
+    _expect("qk", qk, qk.ndim == 2 and qk.size(1) % (2 * heads) == 0, f"(T, 2 * {heads} * W)", (qk.dtype,))
+    tokens, rows, width = len(qk), len(qk) * (1 + paired), qk.size(1) // (2 * heads)
+    _expect("v", v, v.ndim == 2 and len(v) == tokens and v.size(1) % heads == 0, f"({tokens}, {heads} * V)",
+            (qk.dtype,), qk.device)
     cos, sin = (x if x is None else x[:rows] for x in (cos, sin))  # they may be longer
-    for name, x, shape in (("qkv", qkv, (tokens, heads * (2 * width + v_width))), ("gate", gate, (tokens, heads)),
-                           ("value", value, (tokens, heads * v_width)), ("value_gate", value_gate, (tokens, heads)),
-                           ("start of cos", cos, (rows, width // 4)), ("start of sin", sin, (rows, width // 4))):
-        if x is not None:
-            _expect(name, x, x.shape == shape, shape, (x.dtype,), qkv.device)
+    for name, x, shape in (("gate", gate, (tokens, heads)), ("start of cos", cos, (rows, width // 4)),
+                           ("start of sin", sin, (rows, width // 4))):
+        _expect(name, x, x is None or x.shape == shape, shape, (qk.dtype,), qk.device)
 
 
 # Measured on an H200 at widths of 128: two programs of 4 warps, the default, share a multiprocessor: one's softmax runs
@@ -223,44 +221,32 @@ def _store_gradient(grad, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, ROW
 
 
 @jit
-def _attention_prepare(qkv_ptr, q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, value_ptr, value_gate_ptr, grad_ptr, T,
-                       HEADS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
-                       OFFSET: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr = 16):
-    """One program: BLOCK tokens of one head of Q, K or V, from the packed rows to a tensor of its own; or with grad_ptr
+def _attention_prepare(qk_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, grad_ptr, T, HEADS: tl.constexpr, PARTS: tl.constexpr,
+                       WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr = 16):
+    """One program: BLOCK tokens of one head of Q or K, from the packed rows to a tensor of its own; or with grad_ptr
     of K, from the gradient of the latter, in k_ptr, to the packed rows'."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     section, head = FIRST + tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    HELD: tl.constexpr = HEADS // PARTS  # heads of a row
+    rows, cols = tokens * PARTS + head // HELD, tl.arange(0, WIDTH)[None, :]
     inside, token = tokens[:, None] < T, tokens[:, None].to(tl.int64)
-    at = token * (HEADS * (2 * WIDTH + V_WIDTH))
-    if section == 2:
-        v_cols = head * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
-        v = tl.load(qkv_ptr + at + 2 * HEADS * WIDTH + v_cols, mask=inside, other=0.0).to(tl.float32)
-        target = token * (HEADS * V_WIDTH) + v_cols
-        if value_ptr is not None:
-            gate = tl.load(value_gate_ptr + tokens * HEADS + head, mask=tokens < T, other=0.0).to(tl.float32)
-            v += gate[:, None] * tl.load(value_ptr + target, mask=inside, other=0.0).to(tl.float32)
-        tl.store(v_ptr + target, v.to(v_ptr.dtype.element_ty), mask=inside)
+    moved = (q_ptr if section == 0 else k_ptr) + (token * HEADS + head) * WIDTH + cols
+    at = ((2 * token + section) * HEADS + head) * WIDTH
+    # The still half of a key goes to the row after; the first row keeps its own too.
+    later = (cols >= WIDTH // 2) & (section == 1) & OFFSET
+    first, ahead = later & (rows[:, None] == 0), tl.where(later, HELD * WIDTH, 0)
+    found = inside & (rows[:, None] + later.to(tl.int32) < T * PARTS)
+    if grad_ptr is None:
+        x = tl.load(qk_ptr + at + cols, mask=inside, other=0.0).to(tl.float32)
+        if cos_ptr is not None:
+            x = _rstd(x, WIDTH) * _turn_rows(x, cos_ptr, sin_ptr, rows, inside, 1, BLOCK, WIDTH)
+        if OFFSET:
+            tl.store(moved, x.to(q_ptr.dtype.element_ty), mask=first)
+        tl.store(moved + ahead, x.to(q_ptr.dtype.element_ty), mask=found)
     else:
-        HELD: tl.constexpr = HEADS // PARTS  # heads of a row
-        rows, cols = tokens * PARTS + head // HELD, tl.arange(0, WIDTH)[None, :]
-        at += (section * HEADS + head) * WIDTH
-        moved = q_ptr if section == 0 else k_ptr
-        moved += token * (HEADS * WIDTH) + head * WIDTH + cols
-        # The still half of a key goes to the row after; the first row keeps its own too.
-        later = (cols >= WIDTH // 2) & (section == 1) & OFFSET
-        first, ahead = later & (rows[:, None] == 0), tl.where(later, HELD * WIDTH, 0)
-        found = inside & (rows[:, None] + later.to(tl.int32) < T * PARTS)
-        if grad_ptr is None:
-            x = tl.load(qkv_ptr + at + cols, mask=inside, other=0.0).to(tl.float32)
-            if cos_ptr is not None:
-                x = _rstd(x, WIDTH) * _turn_rows(x, cos_ptr, sin_ptr, rows, inside, 1, BLOCK, WIDTH)
-            if OFFSET:
-                tl.store(moved, x.to(q_ptr.dtype.element_ty), mask=first)
-            tl.store(moved + ahead, x.to(q_ptr.dtype.element_ty), mask=found)
-        else:
-            dk = tl.load(moved + ahead, mask=found, other=0.0).to(tl.float32)
-            dk += tl.load(moved, mask=first, other=0.0).to(tl.float32)
-            _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, BLOCK, WIDTH)
+        dk = tl.load(moved + ahead, mask=found, other=0.0).to(tl.float32)
+        dk += tl.load(moved, mask=first, other=0.0).to(tl.float32)
+        _store_gradient(dk, qk_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside, BLOCK, WIDTH)
 
 
 @jit
@@ -305,7 +291,7 @@ def _attention_forward(q_desc, k_desc, v_desc, out_desc, gate_ptr, lse_ptr, firs
 
 
 @jit
-def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr, delta_ptr, first_ptr, qkv_ptr,
+def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr, delta_ptr, first_ptr, qk_ptr,
                   grad_ptr, cos_ptr, sin_ptr, T, padded, window, scale, WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
                   HEADS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr = TILE, KEYS: tl.constexpr = TILE // 2):
     """One program: the gradients of ROWS queries of one head and of their gates, delta = sum of dout * out / gate."""
@@ -333,14 +319,14 @@ def _attention_dq(q_desc, k_desc, v_desc, out_desc, dout_desc, gate_ptr, lse_ptr
         p = tl.where(seen, tl.exp2(scores * slope - lse[:, None]), 0.0)
         acc = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, acc, input_precision="ieee")
     acc *= scale
-    at = (rows // PARTS)[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
+    at = (rows // PARTS)[:, None].to(tl.int64) * (2 * HEADS * WIDTH)
     at += (rows % PARTS * (HEADS // PARTS) + head)[:, None] * WIDTH
-    _store_gradient(acc, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside[:, None], ROWS, WIDTH)
+    _store_gradient(acc, qk_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, rows, inside[:, None], ROWS, WIDTH)
 
 
 @jit
-def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, last_ptr, qkv_ptr, grad_ptr, dk_ptr,
-                    cos_ptr, sin_ptr, T, window, scale, HEADS: tl.constexpr, PARTS: tl.constexpr,
+def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, last_ptr, qk_ptr, grad_ptr, dv_ptr,
+                    dk_ptr, cos_ptr, sin_ptr, T, window, scale, HEADS: tl.constexpr, PARTS: tl.constexpr,
                     WIDTH: tl.constexpr, V_WIDTH: tl.constexpr, ROWS: tl.constexpr = TILE, KEYS: tl.constexpr = TILE):
     """One program: the gradients of KEYS keys and values of one head, from all rows that see them."""
     head, key0 = tl.program_id(0), tl.program_id(1) * KEYS
@@ -362,123 +348,115 @@ def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, las
         dp = tl.dot(v, dout.T, input_precision="ieee")
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dk = tl.dot((p * (dp - delta)).to(q.dtype), q, dk, input_precision="ieee")
-    source = (keys // PARTS)[:, None].to(tl.int64) * (HEADS * (2 * WIDTH + V_WIDTH))
-    held = (keys % PARTS * (HEADS // PARTS) + head)[:, None]
-    at = source + 2 * HEADS * WIDTH + held * V_WIDTH + tl.arange(0, V_WIDTH)[None, :]
-    tl.store(grad_ptr + at, dv.to(grad_ptr.dtype.element_ty), mask=inside[:, None])
-    dk, at = dk * scale, source + (HEADS + held) * WIDTH
+    row, at = keys[:, None].to(tl.int64) * (HEADS // PARTS), tl.arange(0, V_WIDTH)[None, :]
+    tl.store(dv_ptr + (row + head) * V_WIDTH + at, dv.to(dv_ptr.dtype.element_ty), mask=inside[:, None])
+    dk *= scale
     if dk_ptr is not None:  # a row's halves belong to two tokens here: _attention_prepare goes on
-        dk_ptr += keys[:, None].to(tl.int64) * (HEADS // PARTS * WIDTH) + head * WIDTH + tl.arange(0, WIDTH)[None, :]
-        tl.store(dk_ptr, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
+        at = tl.arange(0, WIDTH)[None, :]
+        tl.store(dk_ptr + (row + head) * WIDTH + at, dk.to(dk_ptr.dtype.element_ty), mask=inside[:, None])
     else:
-        _store_gradient(dk, qkv_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, keys, inside[:, None], KEYS, WIDTH)
+        at = (keys // PARTS)[:, None].to(tl.int64) * (2 * HEADS * WIDTH)
+        at += (HEADS + keys % PARTS * (HEADS // PARTS) + head)[:, None] * WIDTH
+        _store_gradient(dk, qk_ptr + at, grad_ptr + at, cos_ptr, sin_ptr, keys, inside[:, None], KEYS, WIDTH)
 
 
-def _attention_plan(qkv, prepared, heads, width, v_width, paired):
+def _attention_plan(qk, v, prepared, heads, paired):
     """Rows, a grid over heads and tiles of rows, the kernels' constants, and a function from rows a tile to descriptors
-    of q, k and v: as prepared, or where that is empty of their columns of the packed rows."""
-    _bind_context(qkv)
-    parts, widths = 1 + paired, (width, width, v_width)
-    rows, raw = len(qkv) * parts, qkv.split([heads * w for w in widths], dim=1)
-    whole = [x.view(rows, -1) if x.numel() else y for x, y in zip(prepared, raw, strict=True)]
-    dims = dict(HEADS=heads, PARTS=parts, WIDTH=width, V_WIDTH=v_width)
+    of q, k and v: q and k as prepared, or where that is empty of the packed rows' columns."""
+    _bind_context(qk)
+    parts, widths = 1 + paired, (qk.size(1) // (2 * heads), qk.size(1) // (2 * heads), v.size(1) // heads)
+    rows = len(qk) * parts
+    whole = [x.view(rows, -1) if x.numel() else y for x, y in zip(prepared, qk.chunk(2, dim=1), strict=True)]
+    dims = dict(HEADS=heads, PARTS=parts, WIDTH=widths[0])
     return rows, (heads // parts, triton.cdiv(rows, TILE)), dims, lambda *sizes: [
-        TensorDescriptor.from_tensor(x, [n, w]) for x, n, w in zip(whole, sizes, widths, strict=True)]
+        TensorDescriptor.from_tensor(x, [n, w])
+        for x, n, w in zip((*whole, v.view(rows, -1)), sizes, widths, strict=True)]
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
-def _attention(qkv: Tensor, first: Tensor, last: Tensor, heads: int, width: int, v_width: int, window: int,
-               scale: float, cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None,
-               value: Tensor | None = None, value_gate: Tensor | None = None, paired: bool = False,
-               key_offset: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, log2 of the softmax's sums, and q, k, v as prepared (empty where the packed rows serve as they are)."""
-    out, lse, *prepared = _attention_outputs(qkv, first, last, heads, width, v_width, window, scale, cos, sin, gate,
-                                             value, value_gate, paired, key_offset)
-    rows, grid, dims, tiles = _attention_plan(qkv, prepared, heads, width, v_width, paired)
-    sections = [i for i, x in enumerate(prepared) if x.numel()]
-    if sections:
-        _attention_prepare[triton.cdiv(len(qkv), 16), len(sections) * heads](
-            qkv, *prepared, cos, sin, value, value_gate, None, len(qkv), OFFSET=key_offset, FIRST=sections[0],
-            num_warps=8, **dims)
-    keys = TILE // 2 if window <= SMALL_WINDOW else TILE
+def _attention(qk: Tensor, v: Tensor, first: Tensor, last: Tensor, heads: int, window: int, scale: float,
+               cos: Tensor | None = None, sin: Tensor | None = None, gate: Tensor | None = None, paired: bool = False,
+               key_offset: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, log2 of the softmax's sums, and q, k as prepared (empty where the packed rows serve as they are)."""
+    out, lse, *prepared = _attention_outputs(qk, v, first, last, heads, window, scale, cos, sin, gate, paired,
+                                             key_offset)
+    rows, grid, dims, tiles = _attention_plan(qk, v, prepared, heads, paired)
+    if prepared[0].numel():
+        _attention_prepare[triton.cdiv(len(qk), 16), 2 * heads](
+            qk, *prepared, cos, sin, None, len(qk), OFFSET=key_offset, FIRST=0, num_warps=8, **dims)
+    keys, v_width = TILE // 2 if window <= SMALL_WINDOW else TILE, v.size(1) // heads
     _attention_forward[grid](
         *tiles(TILE, keys, keys), TensorDescriptor.from_tensor(out.view(rows, -1), [TILE, v_width]), gate, lse, first,
-        rows, lse.size(1), window, scale, KEYS=keys, num_stages=3, **dims,
-        BOUNDED=cos is not None and scale * width < 40 and qkv.dtype != torch.float16)  # whose range exp2 would leave
+        rows, lse.size(1), window, scale, KEYS=keys, V_WIDTH=v_width, num_stages=3, **dims,  # fp16 has not exp2's range
+        BOUNDED=cos is not None and scale * dims["WIDTH"] < 40 and qk.dtype != torch.float16)
     return out, lse, *prepared
 
 
 @_attention.register_fake
-def _attention_outputs(qkv, first, last, heads, width, v_width, window, scale, cos=None, sin=None, gate=None,
-                       value=None, value_gate=None, paired=False, key_offset=False):
-    if width not in (64, 128) or v_width not in (64, 128):
-        raise ValueError(f"the widths of Q/K and V are {width} and {v_width}: each must be 64 or 128.")
-    if qkv.dtype not in (torch.bfloat16, torch.float16) and qkv.is_cuda:
-        raise ValueError(f"qkv is {qkv.dtype}: convert it to bfloat16 or float16.")
+def _attention_outputs(qk, v, first, last, heads, window, scale, cos=None, sin=None, gate=None, paired=False,
+                       key_offset=False):
+    _check_attention(qk, v, heads, cos, sin, gate, paired, key_offset)
+    widths, tokens, parts = (qk.size(1) // (2 * heads), v.size(1) // heads), len(qk), 1 + paired
+    if not {*widths} <= {64, 128}:
+        raise ValueError(f"the widths of Q/K and V are {widths[0]} and {widths[1]}: each must be 64 or 128.")
+    if qk.dtype not in (torch.bfloat16, torch.float16) and qk.is_cuda:
+        raise ValueError(f"qk is {qk.dtype}: convert it to bfloat16 or float16.")
     if not 0 <= window <= 2**30 or not scale > 0:
         raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and more than 0.")
-    _check_attention(qkv, heads, width, v_width, cos, sin, gate, value, value_gate, paired, key_offset)
-    tokens, parts = len(qkv), 1 + paired
     for x in (first, last):
-        _expect("what documents made", x, x.shape == (tokens,), (tokens,), (torch.int32,), qkv.device)
-    lse = qkv.new_empty(heads // parts, -(-tokens * parts // TILE) * TILE, dtype=torch.float32)
-    q, k, v = (qkv.new_empty(tokens if paired or made is not None else 0, heads * columns)
-               for made, columns in ((cos, width), (cos, width), (value, v_width)))
-    return qkv.new_empty(tokens, heads * v_width), lse, q, k, v
+        _expect("what documents made", x, x.shape == (tokens,), (tokens,), (torch.int32,), qk.device)
+    lse = qk.new_empty(heads // parts, -(-tokens * parts // TILE) * TILE, dtype=torch.float32)
+    q, k = (qk.new_empty(tokens if paired or cos is not None else 0, heads * widths[0]) for _ in range(2))
+    return torch.empty_like(v), lse, q, k
 
 
 @torch.library.custom_op("speedrun::attention_backward", mutates_args=())
-def _attention_backward(dout: Tensor, qkv: Tensor, gate: Tensor | None, first: Tensor, last: Tensor,
+def _attention_backward(dout: Tensor, qk: Tensor, v: Tensor, gate: Tensor | None, first: Tensor, last: Tensor,
                         cos: Tensor | None, sin: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor,
-                        v: Tensor, heads: int, width: int, v_width: int, window: int, scale: float, paired: bool,
-                        key_offset: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and of the gate (empty without one)."""
-    rows, grid, dims, tiles = _attention_plan(qkv, (q, k, v), heads, width, v_width, paired)
-    dqkv, delta, dk = torch.empty_like(qkv), torch.empty_like(lse), torch.empty_like(k) if key_offset else None
+                        heads: int, window: int, scale: float, paired: bool,
+                        key_offset: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qk, of v and of the gate (empty without one)."""
+    rows, grid, dims, tiles = _attention_plan(qk, v, (q, k), heads, paired)
+    (dqk, dv, delta), dk = (torch.empty_like(x) for x in (qk, v, lse)), torch.empty_like(k) if key_offset else None
+    v_width = v.size(1) // heads
     out, dout = (TensorDescriptor.from_tensor(x.contiguous().view(rows, -1), [TILE, v_width]) for x in (out, dout))
     _attention_dq[grid](
-        *tiles(TILE, TILE // 2, TILE // 2), out, dout, gate, lse, delta, first, qkv, dqkv, cos, sin, rows, lse.size(1),
-        window, scale, num_stages=2 if window <= SMALL_WINDOW else 4, **dims)
+        *tiles(TILE, TILE // 2, TILE // 2), out, dout, gate, lse, delta, first, qk, dqk, cos, sin, rows, lse.size(1),
+        window, scale, V_WIDTH=v_width, num_stages=2 if window <= SMALL_WINDOW else 4, **dims)
     sums = (TensorDescriptor.from_tensor(x[:, :rows], [1, TILE]) for x in (lse, delta))
-    _attention_dkdv[grid](
-        *tiles(TILE, TILE, TILE), dout, *sums, last, qkv, dqkv, dk, cos, sin, rows, window, scale, num_stages=2, **dims)
+    _attention_dkdv[grid](*tiles(TILE, TILE, TILE), dout, *sums, last, qk, dqk, dv, dk, cos, sin, rows, window, scale,
+                          V_WIDTH=v_width, num_stages=2, **dims)
     if key_offset:
-        _attention_prepare[triton.cdiv(len(qkv), 16), heads](
-            qkv, dk, dk, dk, cos, sin, None, None, dqkv, len(qkv), OFFSET=True, FIRST=1, **dims)
-    dgate = qkv.new_empty(0) if gate is None else delta[:, :rows].t().reshape(gate.shape).to(gate.dtype).contiguous()
-    return dqkv, dgate
+        _attention_prepare[triton.cdiv(len(qk), 16), heads](
+            qk, dk, dk, cos, sin, dqk, len(qk), OFFSET=True, FIRST=1, **dims)
+    dgate = qk.new_empty(0) if gate is None else delta[:, :rows].t().reshape(gate.shape).to(gate.dtype).contiguous()
+    return dqk, dv, dgate
 
 
-_attention_backward.register_fake(lambda dout, qkv, gate, *_: (
-    torch.empty_like(qkv), qkv.new_empty(0) if gate is None else torch.empty_like(gate)))
+_attention_backward.register_fake(lambda dout, qk, v, gate, *_: (
+    torch.empty_like(qk), torch.empty_like(v), qk.new_empty(0) if gate is None else torch.empty_like(gate)))
 
 
 def _attention_save(ctx, inputs, output):
-    qkv, first, last, *sizes, cos, sin, gate, value, value_gate, paired, key_offset = inputs
+    qk, v, first, last, *sizes, cos, sin, gate, paired, key_offset = inputs
     ctx.options = *sizes, paired, key_offset
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(value, value_gate, qkv, gate, first, last, cos, sin, *output)
+    ctx.save_for_backward(qk, v, gate, first, last, cos, sin, *output)
 
 
 def _attention_gradients(ctx, dout, *_):
-    value, value_gate, qkv, gate, *saved = ctx.saved_tensors
-    dqkv, dgate = _attention_backward(dout, qkv, gate, *saved, *ctx.options)
-    dvalue = dvalue_gate = None
-    if value is not None:
-        dv = dqkv[:, -value.size(1):].unflatten(1, (value_gate.size(1), -1))
-        dvalue = (dv * value_gate[:, :, None]).flatten(1).to(value.dtype)
-        dvalue_gate = (dv.float() * value.view_as(dv).float()).sum(-1).to(value_gate.dtype)
-    return dqkv, *[None] * 9, None if gate is None else dgate, dvalue, dvalue_gate, None, None
+    dqk, dv, dgate = _attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return dqk, dv, *[None] * 7, None if ctx.saved_tensors[2] is None else dgate, None, None
 
 
 _attention.register_autograd(_attention_gradients, setup_context=_attention_save)
 
 
-def attention(qkv: Tensor, documents: Documents, *args, **options) -> Tensor:
+def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> Tensor:
     """attention_reference, with its arguments but the last two, by the kernels on a GPU and by itself elsewhere."""
-    if not kernels_available(qkv.device):
-        return attention_reference(qkv, documents, *args, **options)
-    return _attention(qkv, documents.first, documents.last, *args, **options)[0]
+    if not kernels_available(qk.device):
+        return attention_reference(qk, v, documents, *args, **options)
+    return _attention(qk, v, documents.first, documents.last, *args, **options)[0]
 
 
 # --- The MLP's matrix products with ReLU^2 ----------------------------------------------------------------------------

@@ -84,26 +84,25 @@ def attention_rows() -> Iterator[Row]:
             lengths = document_lengths(tokens, longest)
             cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device="cuda")
             where = tk.documents(cu_seqlens, longest, tokens)
-            qkv, dout = randn(tokens, heads * (2 * width + v_width)), randn(tokens, heads * v_width)
+            qk, v, dout = (randn(tokens, heads * columns) for columns in (2 * width, v_width, v_width))
             angles = torch.rand(tokens, width // 4, device="cuda") * 6
             cos, sin = (angles.cos().to(BF16), angles.sin().to(BF16)) if turned else (None, None)
-            options = heads, width, v_width, window, 0.1
+            options = heads, window, 0.1
 
-            def ours(qkv=qkv, where=where, options=options, cos=cos, sin=sin, turned=turned, dout=dout):
-                qkv = qkv.detach().requires_grad_()
-                out = tk.attention(qkv, where, *options, cos, sin, key_offset=turned)
-                return torch.autograd.grad(out, qkv, dout)
+            def ours(qk=qk, v=v, where=where, options=options, cos=cos, sin=sin, turned=turned, dout=dout):
+                leaves = [x.detach().requires_grad_() for x in (qk, v)]
+                out = tk.attention(*leaves, where, *options, cos, sin, key_offset=turned)
+                return torch.autograd.grad(out, leaves, dout)
 
             def varlen(q, k, v, where=where, window=window, longest=longest):
                 cu = where.cu_seqlens
                 return varlen_attn(q, k, v, cu, cu, longest, longest, scale=0.1, window_size=(window, 0)).flatten(1)
 
-            def turn(qkv, where=where, options=options, cos=cos, sin=sin):
-                return tk.attention_library(qkv, where, *options, cos, sin, key_offset=True)
+            def turn(qk, v, where=where, options=options, cos=cos, sin=sin):
+                return tk.attention_library(qk, v, where, *options, cos, sin, key_offset=True)
 
             turn = compiled(turn) if turned else None
-            parts = qkv.split((heads * width, heads * width, heads * v_width), dim=1)
-            leaves = [qkv] if turned else [x.unflatten(1, (heads, -1)).contiguous() for x in parts]
+            leaves = (qk, v) if turned else (x.unflatten(1, (heads, -1)).contiguous() for x in (*qk.chunk(2, 1), v))
             leaves = [x.detach().requires_grad_() for x in leaves]
 
             def library(function=turn if turned else varlen, leaves=leaves, dout=dout):

@@ -72,8 +72,8 @@ def test_the_hopper_kernel_compiles_where_no_gpu_is():
         assert instruction in kernel.asm["ptx"]
 
 
-POINTERS = dict.fromkeys(("qkv_ptr", "q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "value_ptr", "value_gate_ptr",
-                          "gate_ptr", "out_ptr", "grad_ptr", "dk_ptr"), "*bf16")
+POINTERS = dict.fromkeys(("qk_ptr", "q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "gate_ptr", "grad_ptr", "dk_ptr",
+                          "dv_ptr"), "*bf16")
 NUMBERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "T": "i32",
            "padded": "i32", "window": "i32", "scale": "fp32"}
 
@@ -93,11 +93,11 @@ def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, con
         ("q_desc", tk.TILE, widths[0]), ("k_desc", keys, widths[0]), ("v_desc", keys, widths[1]),
         ("out_desc", tk.TILE, widths[1]), ("dout_desc", tk.TILE, widths[1]))}
     sums = dict.fromkeys(("lse_desc", "delta_desc"), f"tensordesc<fp32[1,{tk.TILE}]>")
-    constants = {"HEADS": 6, "PARTS": 2, "WIDTH": widths[0], "V_WIDTH": widths[1], **constants}
+    constants = {"HEADS": 6, "PARTS": 2, "WIDTH": widths[0], **constants}
     signature, kinds = {}, POINTERS | NUMBERS | boxes | sums
     for parameter in function.params:
         if parameter.name not in kinds:
-            constants.setdefault(parameter.name, parameter.default)
+            constants.setdefault(parameter.name, widths[1] if parameter.name == "V_WIDTH" else parameter.default)
         signature[parameter.name] = "constexpr" if parameter.name in constants else kinds[parameter.name]
     compiled = tk.triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert "ptx" in compiled.asm
@@ -123,7 +123,7 @@ args = torch.zeros(3, 5), torch.tensor([[0], [1], [2]]), torch.ones(1)
 losses, grad, _ = tk.softcapped_cross_entropy(*args, 1.0, torch.float32)
 assert losses.isfinite().all() and grad.shape == (3, 5)
 where = tk.documents(torch.tensor([0, 3], dtype=torch.int32), 3, 3)
-assert tk.attention(torch.randn(3, 192), where, 1, 64, 64, 5, 0.1).isfinite().all()
+assert tk.attention(torch.randn(3, 128), torch.randn(3, 64), where, 1, 5, 0.1).isfinite().all()
 assert tk.relu_square_mlp(torch.randn(3, 4), torch.randn(8, 4), torch.randn(8, 4)).shape == (3, 4)
 assert tk.orthogonalise(torch.randn(1, 3, 4)).shape == (1, 3, 4)
 assert tk.quantize_transpose(torch.randn(16, 32), torch.ones(()), torch.float8_e4m3fn)[1].shape == (32, 16)

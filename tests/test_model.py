@@ -38,11 +38,11 @@ def dense_attention(q, k, v, cu_seqlens, window, scale):
 def test_reference_attention_is_the_masked_softmax(starts, window, block, paired):
     torch.manual_seed(0)
     total, parts = 37, 1 + paired
-    qkv, gate = torch.randn(total, 3 * 4 * 4, dtype=torch.float64), torch.rand(total, 4, dtype=torch.float64)
+    qk, v, gate = (torch.randn(total, columns, dtype=torch.float64) for columns in (32, 16, 4))
     table = torch.tensor([*starts, total, total], dtype=torch.int32)
     where = triton_kernels.documents(table, total, total)
-    out = triton_kernels.attention_reference(qkv, where, 4, 4, 4, window, 0.3, gate=gate, paired=paired, block=block)
-    q, k, v = (x.reshape(total * parts, 4 // parts, 4) for x in qkv.split(16, dim=1))
+    out = triton_kernels.attention_reference(qk, v, where, 4, window, 0.3, gate=gate, paired=paired, block=block)
+    q, k, v = (x.reshape(total * parts, 4 // parts, 4) for x in (*qk.chunk(2, dim=1), v))
     expected = dense_attention(q, k, v, parts * table, window, 0.3).reshape(total, 4, 4) * gate[:, :, None]
     assert relative_error(out, expected.flatten(1)) < 1e-12
 
@@ -68,9 +68,9 @@ def tiny_config_of(head_dim: int) -> train_gpt.Config:
 
 def test_shifted_keys_carry_the_still_half_of_the_token_before():
     torch.manual_seed(0)
-    qkv, cos, sin = torch.randn(3, 3 * 2 * 4), torch.ones(3, 1), torch.zeros(3, 1)
+    qk, v, cos, sin = torch.randn(3, 2 * 2 * 4), torch.randn(3, 2 * 4), torch.ones(3, 1), torch.zeros(3, 1)
     k, shifted = (triton_kernels.attention_reference(
-        qkv, None, 2, 4, 4, 1, 1.0, cos, sin, key_offset=offset, softmax=lambda q, k, *_: k).view(3, 2, 4)
+        qk, v, None, 2, 1, 1.0, cos, sin, key_offset=offset, softmax=lambda q, k, *_: k).view(3, 2, 4)
         for offset in (False, True))
     assert torch.equal(shifted[..., :2], k[..., :2])
     assert torch.equal(shifted[1:, :, 2:], k[:-1, :, 2:]) and torch.equal(shifted[0], k[0])
