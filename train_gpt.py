@@ -401,10 +401,15 @@ def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor, sums: Tensor | 
     return look_up(bigram_hash(tokens, len(table)), table, sums) * F.embedding(hashed, signs)
 
 
+def narrow(x: Tensor, w: Tensor) -> Tensor:
+    """x (T, K) @ w', of w (N, K): with rows of zeros up to a multiple of 16, for cuBLAS is slow with an odd few."""
+    return (x @ F.pad(w.to(x.dtype), (0, 0, 0, -len(w) % 16)).t())[:, :len(w)]
+
+
 def mix(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
     """Corrections, a token's own, to learned coefficients: x (T, D), w_in (M, D), w_out (N, M) to (T, N) (MUDD, arXiv
     2502.12170; records #81, #85)."""
-    return 0.1 * F.gelu(x @ w_in.to(x.dtype).t()) @ w_out.to(x.dtype).t()
+    return narrow(0.1 * F.gelu(x @ w_in.to(x.dtype).t()), w_out)
 
 
 def weigh(amounts: Tensor, sources: Iterable[Tensor]) -> Tensor:
@@ -513,8 +518,8 @@ def unpack(flat: Tensor, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor
 
 
 def gate(x: Tensor, weight: Tensor) -> Tensor:
-    """sigmoid of a linear map of the first channels: x (T, D), weight (G,) or (H, G) to (T,) or (T, H)."""
-    return torch.sigmoid(x[:, :weight.size(-1)] @ weight.to(x.dtype).t())
+    """sigmoid of a linear map of the first channels: x (T, D), weight (H, G) to (T, H)."""
+    return torch.sigmoid(narrow(x[:, :weight.size(1)], weight))
 
 
 class GPT(nn.Module):
@@ -593,7 +598,7 @@ class GPT(nn.Module):
         mixers = zip(small["layer_mix_in"].unbind(), small["layer_mix_out"].unbind(), strict=True)
 
         x = F.embedding(tokens, self.head)
-        x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"])[:, None] * x[:-1]))
+        x = torch.cat((x[:1], x[1:] + small["smear_lambda"] * gate(x[1:], small["smear_gate"][None]) * x[:-1]))
         x = x0 = rms_norm(x)
         bigram = bigram_vectors(self.kinds[tokens], self.bigram_embed, self.signs, self.bigram_embed_sums)
         x = x + bigram_lambdas[0] * bigram
@@ -630,8 +635,7 @@ class GPT(nn.Module):
     def attend(self, x: Tensor, layer: Layer, rows: tuple[Tensor, ...], value: tuple[Tensor, Tensor] | None,
                extra: Tensor | None, excluded: Tensor, where: triton_kernels.Documents, cos: Tensor, sin: Tensor,
                view: View) -> Tensor:
-        """Self-attention of normed inputs x (T, dim) by one layer's row of the table; out: (T, dim). extra: (T, dim),
-        added to V; excluded: (T, H)."""
+        """Self-attention of normed inputs x (T, dim), to (T, dim). extra: (T, dim), added to V; excluded: (T, H)."""
         heads, head_dim = self.shape.heads, self.shape.head_dim
         w_qk, (w_v, w_out), (qkv_scale, out_scale), gate_weight = rows
         qk, v = x @ (qkv_scale * w_qk.flatten(0, 1)).t(), (x @ (qkv_scale * w_v).t()).view(-1, heads, head_dim)

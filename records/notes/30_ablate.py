@@ -107,7 +107,7 @@ def one(name: str, lock: str) -> None:
 def main(argv: list[str]) -> None:
     if argv[0] == "one":
         return one(*argv[1:])
-    names, lock = argv[1:] or [*VARIANTS], "/tmp/ablate.lock"
+    names, lock = argv[1:] or [*VARIANTS], os.environ.get("LOCK", "/tmp/ablate.lock")
 
     def run(name: str) -> None:
         done = subprocess.run([sys.executable, __file__, "one", name, lock], capture_output=True, text=True)

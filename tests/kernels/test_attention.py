@@ -59,7 +59,7 @@ def assert_is_reference(lengths, heads, width, v_width, dtype, window, scale=0.1
     for name, want in expected.items():
         got = found[name]
         assert got.dtype == dtype and got.shape == want.shape and got.isfinite().all(), name
-        beside = expected["v"] if name == "qk" and max(lengths) == 1 else want  # which is 0 where each sees itself alone
+        beside = expected["v"] if name == "qk" and max(lengths) == 1 else want  # 0 where each sees itself alone
         error = (got.double() - want).norm() / beside.norm().clamp(min=1e-30)
         assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e} is above {TOLERANCE[dtype]:.0e}"
 
