@@ -402,7 +402,7 @@ def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor, sums: Tensor | 
 
 
 def narrow(x: Tensor, w: Tensor) -> Tensor:
-    """x (T, K) @ w', w (N, K), by zeros up to 16 rows' multiple: cuBLAS is slow with an odd few; 1.1% of stage 1's time."""
+    """x (T, K) @ w', w (N, K) padded to a multiple of 16 rows: cuBLAS is slow with an odd few (1.1% of stage 1's time)."""
     return (x @ F.pad(w.to(x.dtype), (0, 0, 0, -len(w) % 16)).t())[:, :len(w)]
 
 
