@@ -280,8 +280,7 @@ def check_config(cfg: Config) -> None:
         need(stage.tokens % cfg.slices == 0, f"a batch of {stage.tokens} tokens does not divide into slices="
              f"{cfg.slices} equal slices: take slices=8")
     need(cfg.val_tokens % (8 * cfg.val_slice_tokens) == 0, f"val_tokens={cfg.val_tokens} does not divide into eight "
-         f"equal shares of val_slice_tokens={cfg.val_slice_tokens}: take a val_tokens that is a multiple of "
-         f"{8 * cfg.val_slice_tokens}")
+         f"equal shares of val_slice_tokens={cfg.val_slice_tokens}: take a multiple of {8 * cfg.val_slice_tokens}")
 
 
 # ==================== Schedule ====================
@@ -402,7 +401,7 @@ def bigram_vectors(tokens: Tensor, table: Tensor, signs: Tensor, sums: Tensor | 
 
 
 def narrow(x: Tensor, w: Tensor) -> Tensor:
-    """x (T, K) @ w', w (N, K) padded to a multiple of 16 rows: cuBLAS is slow with an odd few (1.1% of stage 1's time)."""
+    """x (T, K) @ w', w (N, K) padded to a multiple of 16 rows: cuBLAS is slow with an odd few (1.1% of stage 1)."""
     return (x @ F.pad(w.to(x.dtype), (0, 0, 0, -len(w) % 16)).t())[:, :len(w)]
 
 
@@ -1271,8 +1270,7 @@ class Trainer:
         if learns:
             self.reset(self.cfg.seed)
         if differ := sorted(mine.keys() - whole.keys() | (whole.keys() - mine.keys() if learns else set())):
-            raise UserError(f"the checkpoint is of another model, it differs in {', '.join(differ)}: take the preset "
-                            "and options of its run")
+            raise UserError(f"the checkpoint is of another model, it differs in {', '.join(differ)}: take its options")
         for name, tensor in mine.items():
             saved, share = whole[name], learns and self.optimizer.is_share(name)
             fits = saved.dim() == tensor.dim() and saved.shape[1:] == tensor.shape[1:]
@@ -1405,6 +1403,8 @@ def read_resume(cfg: Config, dtype: torch.dtype, plan: Plan) -> tuple[dict, list
     if saved["step"] > cfg.last_step or saved["step"] % 2 and saved["step"] < cfg.last_step:
         raise UserError(f"resume={cfg.resume} is at step {saved['step']}, this run ends at {cfg.last_step}: take "
                         "an earlier checkpoint, or raise stop_after=")
+    if 0 < cfg.profile < saved["step"]:
+        raise UserError(f"profile={cfg.profile} is before step {saved['step']}, where resume={cfg.resume} is: raise it")
     pairs = zip(saved["checksums"], plan.checksums, strict=False)
     for path, (before, checksum) in zip(find_shards(cfg, "train_files"), pairs, strict=False):
         if before != checksum:

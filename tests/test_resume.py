@@ -182,6 +182,7 @@ def test_what_a_run_cannot_change_on_its_way_is_refused_with_both_values(whole, 
     refuse(shards, "was trained with steps=12, this run has steps=14", resume=path, steps=14)
     refuse(shards, "this run has slices=16", resume=path, slices=16)
     refuse(shards, "this run ends at 2", "raise stop_after=", resume=path, stop_after=2)
+    refuse(shards, "profile=2 is before step 4", "raise it", resume=path, profile=2)
     refuse(shards, "save_every=3 is odd", "take save_every=4", save_every=3)
     refuse(shards, "stop_after=3 is odd", "take 4", save_every=2, stop_after=3)
     refuse(shards, "leave one out", resume=path, trials=2)
