@@ -3,7 +3,7 @@
 A section has its equation, shapes, dtypes and sources; NAME_reference, of the same arguments; the kernels; and NAME,
 its public function. A shape, layout, device or dtype that a section does not list raises ValueError. `choose`, the last
 section, picks a run's functions for its GPU. Measured times: records/NOTES.md. The file imports without Triton. Under
-TRITON_INTERPRET=1, set before triton is first imported, the operators take CPU tensors, for tests without a GPU.
+TRITON_INTERPRET=1, set before triton is first imported, the operators take CPU tensors for tests, but no bf16.
 """
 import functools
 import os
@@ -92,14 +92,14 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 # qk          (T, 2 H W)        rows of H query heads, then H key heads of width W, 64 or 128
 # v           (T, H V)          H value heads of width V, 64 or 128
 # documents   Documents         made once a batch of T tokens by `documents`; window 0 to 2^30, scale above 0
-# cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed, then channel j turns with channel j + W / 4,
-#                               and the second half of the channels stands still
-# gate        (T, H)            above 0 (its logarithm joins the log-sum-exp; at 0 its gradient is 0), or None, for 1
+# cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed (eps 2^-23), then channel j turns with channel
+#                               j + W / 4, and the second half of the channels stands still
+# gate        (T, H)            above 0, in fp16 1e-4 (its logarithm joins the log-sum-exp; at 0 no gradient); None: 1
 # paired                        token t becomes rows 2t and 2t + 1 of a sequence with half of the heads each
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
 # out         (T, H V)
 #
-# All contiguous and of one dtype, bf16 or fp16 (interpreter: fp32; reference: any dtype, any widths); sums are fp32.
+# All contiguous, of one dtype, bf16 or fp16 (interpreter: fp16, fp32; reference: any, any widths of 4n); sums are fp32.
 # Differentiable by qk, v and gate. Deterministic: no atomics.
 # Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442); rotary embedding (2104.09864), half-truncated in
 # modded-nanogpt's record #20; gates #28; key offset #49; paired heads #58.
@@ -143,11 +143,11 @@ def attention_reference(qk: Tensor, v: Tensor, documents: Documents, heads: int,
                         paired: bool = False, key_offset: bool = False, block: int = 512,
                         softmax: Callable = softmax_by_blocks) -> Tensor:
     """The definition. softmax gets q, k (rows, H', W) and v (rows, H', V) and returns (rows, H', V)."""
-    _check_attention(qk, v, heads, cos, sin, gate, paired, key_offset)
+    _check_attention(qk, v, heads, window, scale, cos, sin, gate, paired, key_offset)
     parts = 1 + paired
     q, k, v = (x.reshape(len(x) * parts, heads // parts, -1) for x in (*qk.chunk(2, dim=1), v))
     if cos is not None:
-        q, k = (rotate(F.rms_norm(x, x.shape[2:]), cos[:len(x)], sin[:len(x)]) for x in (q, k))
+        q, k = (rotate(F.rms_norm(x, x.shape[2:], eps=2**-23), cos[:len(x)], sin[:len(x)]) for x in (q, k))
     if key_offset:
         turning, still = k.chunk(2, dim=-1)
         k = torch.cat((turning, torch.cat((still[:1], still[:-1]))), dim=-1)
@@ -164,15 +164,18 @@ def attention_library(*args, **options) -> Tensor:
     return attention_reference(*args, **options, softmax=softmax)
 
 
-def _check_attention(qk, v, heads, cos, sin, gate, paired, key_offset) -> None:
-    if paired and heads % 2:
-        raise ValueError(f"{heads} heads cannot be paired: take an even number.")
+def _check_attention(qk, v, heads, window, scale, cos, sin, gate, paired, key_offset) -> None:
+    if heads < 1 or paired and heads % 2:
+        raise ValueError(f"there are {heads} heads: take 1 or more, and an even number to pair them.")
+    if not (0 <= window <= 2**30 and 0 < scale < float("inf")):
+        raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and more than 0.")
     if (cos is None) != (sin is None) or key_offset and cos is None:
         raise ValueError("cos and sin are a pair, and key_offset needs them: pass both.")
-    _expect("qk", qk, qk.ndim == 2 and qk.size(1) % (2 * heads) == 0, f"(T, 2 * {heads} * W)", (qk.dtype,))
+    whole = qk.ndim == 2 and 0 not in qk.shape and qk.size(1) % (2 * heads) == 0
+    _expect("qk", qk, whole, f"(T, 2 * {heads} * W), not 0", (qk.dtype,))
     tokens, rows, width = len(qk), len(qk) * (1 + paired), qk.size(1) // (2 * heads)
-    _expect("v", v, v.ndim == 2 and len(v) == tokens and v.size(1) % heads == 0, f"({tokens}, {heads} * V)",
-            (qk.dtype,), qk.device)
+    whole = v.ndim == 2 and len(v) == tokens and v.size(1) % heads == 0
+    _expect("v", v, whole, f"({tokens}, {heads} * V)", (qk.dtype,), qk.device)
     cos, sin = (x if x is None else x[:rows] for x in (cos, sin))  # they may be longer
     for name, x, shape in (("gate", gate, (tokens, heads)), ("start of cos", cos, (rows, width // 4)),
                            ("start of sin", sin, (rows, width // 4))):
@@ -182,7 +185,7 @@ def _check_attention(qk, v, heads, cos, sin, gate, paired, key_offset) -> None:
 # Measured on an H200 at widths of 128: two programs of 4 warps, the default, share a multiprocessor: one's softmax runs
 # beside the other's products. Wider tiles, 8 warps, and loops split into masked and unmasked parts were all slower.
 TILE, SMALL_WINDOW = 64, 128
-TO_LOG2, NORM_EPS = tl.constexpr(1.4426950408889634), tl.constexpr(1.1920928955078125e-07)  # the latter F.rms_norm's
+TO_LOG2, NORM_EPS = tl.constexpr(1.4426950408889634), tl.constexpr(1.1920928955078125e-07)  # the latter 2^-23
 
 
 @jit
@@ -223,8 +226,8 @@ def _store_gradient(grad, raw_ptr, grad_ptr, cos_ptr, sin_ptr, rows, inside, ROW
 @jit
 def _attention_prepare(qk_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, grad_ptr, T, HEADS: tl.constexpr, PARTS: tl.constexpr,
                        WIDTH: tl.constexpr, OFFSET: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr = 16):
-    """One program: BLOCK tokens of one head of Q or K, from the packed rows to a tensor of its own; or with grad_ptr
-    of K, from the gradient of the latter, in k_ptr, to the packed rows'."""
+    """One program: BLOCK tokens of one head of Q or K, from the packed rows to a tensor of its own; with grad_ptr the
+    way back, of K: the gradient of that tensor is in k_ptr, and that of the packed rows goes to grad_ptr."""
     tokens = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     section, head = FIRST + tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     HELD: tl.constexpr = HEADS // PARTS  # heads of a row
@@ -395,14 +398,12 @@ def _attention(qk: Tensor, v: Tensor, first: Tensor, last: Tensor, heads: int, w
 @_attention.register_fake
 def _attention_outputs(qk, v, first, last, heads, window, scale, cos=None, sin=None, gate=None, paired=False,
                        key_offset=False):
-    _check_attention(qk, v, heads, cos, sin, gate, paired, key_offset)
+    _check_attention(qk, v, heads, window, scale, cos, sin, gate, paired, key_offset)
     widths, tokens, parts = (qk.size(1) // (2 * heads), v.size(1) // heads), len(qk), 1 + paired
-    if not {*widths} <= {64, 128}:
+    if not all(width == 64 or width == 128 for width in widths):
         raise ValueError(f"the widths of Q/K and V are {widths[0]} and {widths[1]}: each must be 64 or 128.")
-    if qk.dtype not in (torch.bfloat16, torch.float16) and qk.is_cuda:
+    if qk.dtype not in (torch.bfloat16, torch.float16) and (qk.is_cuda or qk.dtype != torch.float32):
         raise ValueError(f"qk is {qk.dtype}: convert it to bfloat16 or float16.")
-    if not 0 <= window <= 2**30 or not scale > 0:
-        raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and more than 0.")
     for x in (first, last):
         _expect("what documents made", x, x.shape == (tokens,), (tokens,), (torch.int32,), qk.device)
     lse = qk.new_empty(heads // parts, -(-tokens * parts // TILE) * TILE, dtype=torch.float32)
@@ -747,7 +748,9 @@ def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tens
     return table[targets.long()]
 
 
-def _check_cross_entropy(logits, targets, weights, *dtypes: torch.dtype) -> None:
+def _check_cross_entropy(logits, targets, weights, grad_dtype, *dtypes: torch.dtype) -> None:
+    if grad_dtype not in (*dtypes, E5M2):
+        raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*dtypes, E5M2)}.")
     _expect("logits", logits, logits.ndim == 2 and 0 not in logits.shape, "(T, V), neither of them 0", dtypes)
     fits, shape = weights.ndim == 1 and 1 <= weights.numel() <= MAX_TARGETS, (len(logits), weights.numel())
     _expect("weights", weights, fits, f"(K,), 1 <= K <= {MAX_TARGETS}", (torch.float32,), logits.device)
@@ -757,7 +760,7 @@ def _check_cross_entropy(logits, targets, weights, *dtypes: torch.dtype) -> None
 @torch.no_grad()
 def softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, grad_dtype,
                                        both_layouts=False) -> tuple[Tensor, Tensor, Tensor]:
-    _check_cross_entropy(logits, targets, weights, *FLOATS, torch.float64)
+    _check_cross_entropy(logits, targets, weights, grad_dtype, *FLOATS, torch.float64)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     weight, index = weights.to(dtype) * (targets >= 0), targets.long().clamp(min=0)  # weight 0 where no target is
     sig = logits.to(dtype).add(SHIFT).mul_(1 / WIDTH).sigmoid_()
@@ -913,9 +916,7 @@ def _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, both_layouts
 def softcapped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, grad_scale: float,
                              grad_dtype: torch.dtype, both_layouts: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(losses, grad, grad_t): each row's loss, grad_scale times its gradient by the logits, and that transposed."""
-    _check_cross_entropy(logits, targets, weights, *FLOATS)
-    if grad_dtype not in (*FLOATS, torch.float8_e5m2):
-        raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*FLOATS, torch.float8_e5m2)}.")
+    _check_cross_entropy(logits, targets, weights, grad_dtype, *FLOATS)
     losses, grad, grad_t = _loss_outputs(logits, targets, weights, grad_scale, grad_dtype, both_layouts)
     rows, strip, ahead = 64, 256, 2  # 2 groups are 13 MB of logits, which the 60 MB of L2 hold beside the gradient
     (tokens, vocab), groups = logits.shape, triton.cdiv(len(logits), rows)

@@ -74,6 +74,7 @@ def test_the_hopper_kernel_compiles_where_no_gpu_is():
 
 POINTERS = dict.fromkeys(("qk_ptr", "q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "gate_ptr", "grad_ptr", "dk_ptr",
                           "dv_ptr"), "*bf16")
+ROTARY_OFF = {"cos_ptr": None, "sin_ptr": None}
 NUMBERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "last_ptr": "*i32", "T": "i32",
            "padded": "i32", "window": "i32", "scale": "fp32"}
 
@@ -81,8 +82,13 @@ NUMBERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "last_
 @pytest.mark.skipif(not TRITON, reason="triton cannot be imported")
 @pytest.mark.parametrize("kernel, constants", [
     ("_attention_prepare", {"OFFSET": True, "FIRST": 0, "grad_ptr": None}),
-    ("_attention_prepare", {"OFFSET": True, "FIRST": 1}), ("_attention_forward", {"BOUNDED": False, "KEYS": 32}),
-    ("_attention_dq", {}), ("_attention_dkdv", {})], ids=str)
+    ("_attention_prepare", {"OFFSET": False, "FIRST": 0, "grad_ptr": None, "PARTS": 1, **ROTARY_OFF}),
+    ("_attention_prepare", {"OFFSET": True, "FIRST": 1}),
+    ("_attention_forward", {"BOUNDED": False, "KEYS": 32}),
+    ("_attention_forward", {"BOUNDED": True, "KEYS": 64, "PARTS": 1, "gate_ptr": None}),
+    ("_attention_dq", {}), ("_attention_dq", {"PARTS": 1, "gate_ptr": None, **ROTARY_OFF}),
+    ("_attention_dkdv", {}), ("_attention_dkdv", {"PARTS": 1, "dk_ptr": None}),
+    ("_attention_dkdv", {"dk_ptr": None, **ROTARY_OFF})], ids=str)
 @pytest.mark.parametrize("widths", [(64, 128), (128, 64)], ids=str)
 def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, constants, widths):
     """The interpreter runs what the compiler refuses, such as a name of two shapes in two branches."""

@@ -101,7 +101,8 @@ def test_kernel_quantize_transpose_saturates_and_shows_a_nan(dtype):
         q, q_t = function(x, torch.ones((), device=DEVICE), dtype)
         for out in (q.float(), q_t.float().t()):
             assert out[1, 2] == limit and out[3, 4] == -limit
-            assert out.isnan().nonzero().tolist() == [[5, 6]] or INTERPRETED  # it has no NaN in e4m3
+            if dtype == E5 or not INTERPRETED:  # it has no NaN in e4m3
+                assert out.isnan().nonzero().tolist() == [[5, 6]]
 
 
 @runs_kernel
