@@ -48,8 +48,9 @@ def poison(tensors):
 
 
 def assert_is_reference(lengths, heads, width, v_width, dtype, window, scale=0.1, paired=False, key_offset=False,
-                        seed=0, function=tk.attention, **kinds):
+                        seed=0, function=tk.attention, size=1.0, **kinds):
     tensors, where = attention_inputs(lengths, heads, width, v_width, dtype, seed=seed, **kinds)
+    tensors["qk"] *= size
     dout = torch.randn(sum(lengths), heads * v_width, generator=torch.Generator().manual_seed(seed + 1))
     args, options = (heads, window, scale), {"paired": paired, "key_offset": key_offset}
     doubles = {name: x if x is None else x.double() for name, x in tensors.items()}
@@ -86,6 +87,10 @@ def test_borders_of_tiles_documents_and_windows(lengths, window):
 @pytest.mark.parametrize("kinds", [{}, {"gated": True, "paired": True}], ids=str)
 def test_pairs_and_gates_without_rotation(kinds):
     assert_is_reference([50, 31], 2, 64, 64, DTYPES[0], 25, **kinds)
+
+
+def test_small_rows_are_normed_with_float32_s_epsilon_in_every_dtype():
+    assert_is_reference([40], 1, 64, 64, DTYPES[0], 50, rotary=True, size=1e-3)
 
 
 def test_large_scores_need_the_running_maximum():
@@ -230,3 +235,10 @@ def test_wrong_arguments_are_named(change, message):
                  for name, value in (good | change).items()}
     with pytest.raises(ValueError, match=message):
         tk.attention(**arguments)
+
+
+def test_the_kernels_refuse_float64():
+    where = tk.documents(torch.tensor([0, 5], dtype=torch.int32, device=DEVICE), 5, 5)
+    qk, v = (torch.zeros(5, columns, dtype=torch.float64, device=DEVICE) for columns in (128, 64))
+    with pytest.raises(ValueError, match="qk is torch.float64: convert it to bfloat16 or float16"):
+        tk.attention(qk, v, where, 1, 3, 0.1)
