@@ -166,17 +166,17 @@ def test_compiled_and_eager_are_one():
         assert (x.double() - eager[name].double()).norm() <= 1e-2 * eager[name].double().norm(), name
 
 
-@pytest.mark.parametrize("window, paired", [(0, False), (40, False), (40, True), (500, False)])
+@pytest.mark.parametrize("window, paired", [(40, True), (500, False)])
 def test_tiles_outside_document_and_window_are_never_loaded(window, paired):
     """NaN there, which a probability of 0 would not stop, reaches nothing of the second document's last tile. The tile
     after it is spared: one that holds the last rows may jut out."""
     tile = tk.TILE
-    tensors, where = attention_inputs([tile, 3 * tile, 2 * tile], 1 + paired, 64, 64, DTYPES[0], rotary=True)
-    near, last = slice(max(3 * tile - window, tile), 5 * tile), slice(3 * tile, 4 * tile)
+    tensors, where = attention_inputs([tile, 2 * tile, 2 * tile], 1 + paired, 64, 64, DTYPES[0], rotary=True)
+    near, last = slice(max(2 * tile - window, tile), 4 * tile), slice(2 * tile, 3 * tile)
     for name in ("qk", "v"):
         kept = tensors[name][near].clone()
         tensors[name].fill_(float("nan"))[near] = kept
-    dout = torch.ones(6 * tile, 64 * (1 + paired), device=DEVICE)
+    dout = torch.ones(5 * tile, 64 * (1 + paired), device=DEVICE)
     found = differentiate(tk.attention, tensors, where, dout, 1 + paired, window, 0.1, paired=paired)
     assert all(found[name][last].isfinite().all() for name in ("out", "qk", "v"))
 
