@@ -78,9 +78,16 @@ if [ "${1:-}" = test ]; then
     exec "$PYTHON" -m pytest -o testpaths=tests "$@"
 fi
 
-find_python requirements.txt
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -eq 0 ]; then cpu_settings; fi
+# What was asked for, before anything is installed or started.
+nodes=${NNODES:-1}
+for setting in NNODES="$nodes" NPROC="${NPROC:-1}"; do
+    [[ "${setting#*=}" =~ ^(1|2|4|8|16|32)$ ]] || die "$setting: give 1, 2, 4 or 8, for a step's 8 slices to be shared" \
+        "evenly; or 16 or 32 with as many slices="
+done
+if [ "$nodes" -gt 1 ]; then
+    [ -n "${NODE_RANK:-}" ] || die "NNODES=$nodes needs NODE_RANK: give the number of this node, from 0"
+    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: give the address of node 0"
+fi
 script=train_gpt.py check= help=
 case "${1:-}" in
     *.py) script=$1; shift; [ -f "$script" ] || die "no script $script here: give a path from this folder, for example" \
@@ -91,20 +98,19 @@ case "${1:-}" in
     check) check=1; shift ;;
     help | --help | -h) help=1 ;;
 esac
+
+find_python requirements.txt
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -eq 0 ]; then cpu_settings; fi
 if [ "$gpus" -eq 0 ] && [ -z "$help" ] && [[ " $*" != *" preset="* ]]; then
     say "no GPU: taking the smoke preset, a small model of the same code, on the CPU"
     set -- preset=smoke "$@"
 fi
-nodes=${NNODES:-1}
 nproc=1
 for n in 8 4 2; do
     if [ "$gpus" -ge "$n" ]; then nproc=$n; break; fi
 done
 nproc=${NPROC:-$nproc}
-for setting in NNODES="$nodes" NPROC="$nproc"; do
-    [[ "${setting#*=}" =~ ^(1|2|4|8|16|32)$ ]] || die "$setting: give 1, 2, 4 or 8, for a step's 8 slices to be shared" \
-        "evenly; or 16 or 32 with as many slices="
-done
 slices=8
 for option in "$@"; do
     case $option in slices=*[!0-9]* | slices=) ;; slices=*) slices=${option#slices=} ;; esac
@@ -114,8 +120,6 @@ done
 
 launch=("$PYTHON")
 if [ "$nodes" -gt 1 ]; then
-    [ -n "${NODE_RANK:-}" ] || die "NNODES=$nodes needs NODE_RANK: give the number of this node, from 0"
-    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: give the address of node 0"
     launch+=(runtime.py launch --nnodes "$nodes" --nproc_per_node "$nproc" --node_rank "$NODE_RANK"
         --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
 elif [ "$nproc" -gt 1 ]; then

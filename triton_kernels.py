@@ -594,7 +594,7 @@ def _hopper_load(g, w, ring, tiles):
 
 
 @gluon.jit
-def _hopper_multiply(GROUP: gl.constexpr, ring, turns, g, w, post, dpre, tiles):
+def _hopper_multiply(GROUP: gl.constexpr, ring, turns, w, post, dpre, tiles):
     """A group of four warps, which takes every other tile. `parts` has first post, then, in its place, the outputs."""
     g_ring, w_ring, full, empty = ring
     PARTS: gl.constexpr = HOPPER_BN // HOPPER_PART
@@ -645,8 +645,8 @@ def _hopper_relu_square_backward(g, w, post, dpre):
     hopper.fence_async_shared()
     tiles = gl.cdiv(g.shape[0], HOPPER_BM * HOPPER_ROWS) * gl.cdiv(w.shape[0], HOPPER_BN) * HOPPER_ROWS
     gl.warp_specialize([
-        (_hopper_multiply, (0, ring, turns, g, w, post, dpre, tiles)),
-        (_hopper_multiply, (1, ring, turns, g, w, post, dpre, tiles)),
+        (_hopper_multiply, (0, ring, turns, w, post, dpre, tiles)),
+        (_hopper_multiply, (1, ring, turns, w, post, dpre, tiles)),
         (_hopper_load, (g, w, ring, tiles)),
     ], [4, 1], [240, 24])  # warps and registers of the second and third; the first gets 240 of maxnreg's 3 * 168
 

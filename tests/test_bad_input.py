@@ -557,7 +557,8 @@ def test_a_disk_that_has_space_at_the_very_end_gets_a_log_that_ends_as_every_log
 
 @pytest.mark.parametrize("environment, fragment", [
     ({"NNODES": "abc"}, "NNODES=abc"), ({"NNODES": "2"}, "NODE_RANK"), ({"NPROC": "3"}, "NPROC=3"),
-    ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"), ({"NNODES": "4", "NPROC": "4"}, "NPROC=2 or fewer"),
+    ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
+    ({"NNODES": "4", "NPROC": "4", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}, "NPROC=2 or fewer"),
 ])
 def test_run_sh_refuses_processes_that_cannot_share_the_slices(environment, fragment):
     done = subprocess.run(["./run.sh"], cwd=ROOT, capture_output=True, text=True, timeout=120,

@@ -107,7 +107,8 @@ def test_rung_64_learns_through_its_stages_and_writes_a_log(text, tmp_path):
     assert first.loss == pytest.approx(math.log(50304), abs=0.02) and last.loss < first.loss - 1
 
 
-@pytest.mark.parametrize("rung", [pytest.param("02_AdamW_rotary", marks=pytest.mark.slow), "12_LongContext"])
+@pytest.mark.slow
+@pytest.mark.parametrize("rung", ["02_AdamW_rotary", "12_LongContext"])
 def test_two_processes_train_as_one(rung, text, tmp_path):
     """Over shard borders, with an odd seed; Muon rounds to bfloat16, so its losses agree less well."""
     args = (*TINY, *text, "steps=5", "val_every=1", "seed=3", "device_batch_size=1", "log_every=1")

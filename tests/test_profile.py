@@ -27,7 +27,8 @@ def test_two_steps_are_profiled_into_a_trace_and_a_table(shards, tmp_path):
     assert not any(line.startswith("untimed:profile ") for line in plain.lines)
 
 
-@pytest.mark.parametrize("first", [4, 2])  # a validation and a checkpoint stand before step 4, at whose end is step 2's
+# A validation and a checkpoint stand before step 4, at whose end is step 2's.
+@pytest.mark.parametrize("first", [pytest.param(4, marks=pytest.mark.slow), 2])
 def test_validations_and_checkpoints_around_the_steps_are_not_profiled(shards, tmp_path, monkeypatch, first):
     begun, within = [], []
 

@@ -5,16 +5,19 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, run_trainer
 
 
-def test_the_smoke_preset_learns_pythons_documentation(tmp_path):
+@pytest.mark.parametrize("options", [["steps=56", "val_every=28"],
+                                     pytest.param(["val_every=40"], marks=pytest.mark.slow)], ids=["shorter", "whole"])
+def test_the_smoke_preset_learns_pythons_documentation(tmp_path, options):
     """From ln(vocabulary) to under 3 nats a token (a byte here; a table of byte frequencies reaches about 3.1)."""
     made = subprocess.run([sys.executable, "data/local_text.py", "--out", str(tmp_path / "text")], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     done = run_trainer("preset=smoke", f"train_files={tmp_path}/text/local_train_*.bin", f"log_dir={tmp_path}/logs",
-                       f"val_files={tmp_path}/text/local_val_*.bin", "val_every=40", timeout=900)
+                       f"val_files={tmp_path}/text/local_val_*.bin", *options, timeout=900)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"val_loss:([\d.]+)", done.stdout)]
     assert abs(losses[0] - math.log(50304)) < 0.1 and losses[-1] < 3

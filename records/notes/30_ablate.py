@@ -57,6 +57,9 @@ def fewer_layers(cfg):
 
 VARIANTS = {
     "whole run": lambda cfg: cfg,  # the preset's own schedule
+    "whole run, no skip": lambda cfg: layers(cfg, skip_from=None),
+    "whole run, no paired heads": lambda cfg: layers(cfg, paired=False),
+    "whole run, no exclusive heads": lambda cfg: layers(cfg, exclusive=False),
     "base": lambda cfg: cfg,
     "no value embeddings": lambda cfg: layers(cfg, value_embed=False),
     "no paired heads": lambda cfg: layers(cfg, paired=False),
@@ -82,7 +85,7 @@ VARIANTS = {
 def one(name: str, lock: str) -> None:
     preset = "smoke" if SMOKE else "corpus"
     cfg = t.parse_options([f"preset={preset}", "log_dir=records/runs_ablate"])
-    if name != "whole run":
+    if not name.startswith("whole run"):
         cfg = dataclasses.replace(cfg, stages=cfg.stages[:1], steps=10 if SMOKE else 182, extension=8, val_every=0,
                                   final_window=cfg.stages[0].long, name="Ablate")
     cfg = VARIANTS[name](cfg)
