@@ -43,7 +43,8 @@ TINY_STAGES = (
 # Where pytest-xdist runs the tests, these begin first, so that no worker is left with a long one at the end.
 LONG = ("test_smoke.py", "test_resume.py", "test_ladder.py", "test_faults.py", "test_bad_input.py", "test_parallel.py",
         "test_kernels.py", "test_records_race.py", "test_log.py")
-APART = ("test_kernels.py", "test_smoke.py", "kernels/")  # each test a unit of its own; they share nothing
+# Of these each test is a unit of its own; they share nothing that takes long to make.
+APART = ("test_kernels.py", "test_smoke.py", "test_ladder.py", "test_resume.py", "kernels/")
 
 
 def pytest_configure(config):

@@ -102,22 +102,25 @@ def test_a_process_that_stood_still_itself_takes_nobody_for_gone(monkeypatch):
     """As under a compiler that lets no other thread run: the first seconds after it are no reason to end the run."""
     said = []
     monkeypatch.setattr(runtime, "leave", said.append)
-    monkeypatch.setattr(runtime.Watch, "PATIENCE", 3)
+    monkeypatch.setattr(runtime.Watch, "PATIENCE", 6)  # twice the 3 s that one standstill can count for
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     watch = runtime.Watch(store, 0, 2)
-    for count in range(12):
-        store.set("watch/1", f"{count} 0 busy")
-        if count == 0:
-            watch.start()
-        if count == 5:
-            ctypes.PyDLL(None).sleep(6)  # with Python's lock
-            assert watch.verdict() is None
-        time.sleep(0.5)
-    assert not said
-    for _ in range(20):  # the other's count stands still from here on
-        time.sleep(0.5)
-    watch.ended.set()
-    assert said and "rank 1 gave no sign of life" in watch.verdict()
+    try:
+        for count in range(12):
+            store.set("watch/1", f"{count} 0 busy")
+            if count == 0:
+                watch.start()
+            if count == 5:
+                ctypes.PyDLL(None).sleep(9)  # with Python's lock
+                assert watch.verdict() is None
+            time.sleep(0.5)
+        assert not said
+        end = time.monotonic() + 60
+        while not said and time.monotonic() < end:  # the other's count stands still from here on
+            time.sleep(0.5)
+        assert said and "rank 1 gave no sign of life" in watch.verdict()
+    finally:
+        watch.ended.set()  # its threads would end the tests' process later
 
 
 def test_a_store_that_is_silent_makes_no_rank_silent(monkeypatch):
