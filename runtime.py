@@ -690,8 +690,8 @@ def finish_log(log: Log, clock: Clock, console: "Console", result: dict) -> None
 class Console:
     """What rank 0 shows: a tqdm bar on a terminal, a plain line now and then elsewhere."""
 
-    def __init__(self, last_step: int, log_every: int, rank: int):
-        self.last_step, self.quiet = last_step, rank != 0
+    def __init__(self, last_step: int, tokens: int, log_every: int, rank: int):
+        self.last_step, self.tokens, self.quiet = last_step, tokens, rank != 0
         self.bar, self.loss, self.every = None, "...", max(log_every, last_step // 20)
 
     def say(self, text: str) -> None:
@@ -703,20 +703,20 @@ class Console:
         except BrokenPipeError:  # `| head` has seen enough; the run and its log go on
             sys.stdout, self.quiet = open(os.devnull, "w"), True
 
-    def start(self, step: int) -> None:
+    def start(self, tokens: int) -> None:
         if not self.quiet and sys.stderr.isatty():
-            self.bar = tqdm(total=self.last_step, initial=step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=self.tokens, initial=tokens, unit="tok", unit_scale=True, dynamic_ncols=True)
 
     def step(self, step: int, tokens: int, seconds: float) -> None:
-        """After step number `step` (from 1), `tokens` tokens and `seconds` of training."""
+        """After step number `step` (from 1), `tokens` tokens and `seconds` of training. Steps grow, so what is left is
+        told by tokens."""
         rate = tokens / max(seconds, 1e-9)
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {self.loss}, {rate:,.0f} tok/s", refresh=False)
-            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(f"step {step}/{self.last_step}, loss {self.loss}", refresh=False)
+            self.bar.update(tokens - self.bar.n)
         elif not self.quiet and step % self.every == 0:
-            left = seconds / step * (self.last_step - step)
             self.say(f"step {step}/{self.last_step}  train_loss {self.loss}  {rate:,.0f} tok/s  "
-                     f"{seconds:.1f} s, about {left:.0f} s left")
+                     f"{seconds:.1f} s, about {(self.tokens - tokens) / rate:.0f} s left")
 
     def stop(self) -> None:
         if self.bar is not None:

@@ -1443,7 +1443,7 @@ class Trial:
         loader = Loader(cfg, self.world, files, self.plan, self.first)  # checkpoints
         if self.saved and loader.position != self.saved["position"]:
             raise UserError(f"resume={cfg.resume} had read other tokens: take the shards and options of its run")
-        self.console.start(self.first)
+        self.console.start(self.tokens)
         watch.working()
         profile = Profile(self.log, cfg.profile, clock, watch)
         for step in range(self.first, steps + 1):
@@ -1533,12 +1533,12 @@ class Trial:
 
 def train(cfg: Config, world: World) -> None:
     clock = Clock(world.device)
-    console = Console(cfg.last_step, cfg.log_every, world.rank)
     with clock.region("check of shards"):
         files = find_shards(cfg, "train_files")
         plan = plan_run(cfg, files)
         validation = read_validation(cfg, world)
         read_token_tables(cfg)
+    console = Console(cfg.last_step, plan.tokens, cfg.log_every, world.rank)
     dtype, *_ = choose(cfg, world.device)  # what this machine cannot do,
     saved, notes = read_resume(cfg, dtype, plan)  # what this run cannot go on from, and
     log = runtime.new_log(cfg, world)  # a folder that cannot be written, are known before the compilation

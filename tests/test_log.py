@@ -126,6 +126,27 @@ def test_the_console_prints_every_validation_line_of_the_log(run):
     assert [line for line in run.console.splitlines() if VALIDATION.fullmatch(line)] == validations
 
 
+def test_the_console_tells_what_is_left_by_tokens_as_later_steps_are_larger(run):
+    left = re.findall(r"^step (\d+)/14 .* ([\d,]+) tok/s  ([\d.]+) s, about (\d+) s left$", run.console, re.M)
+    sizes = [run.cfg.stages[train_gpt.stage_at(run.cfg, step)].tokens for step in range(14)]
+    assert [int(step) for step, *_ in left] == list(range(1, 15)) and sizes[0] < sizes[-1]
+    for step, rate, _, seconds in left:
+        assert float(seconds) == pytest.approx(sum(sizes[int(step):]) / int(rate.replace(",", "")), abs=0.6)
+
+
+def test_on_a_terminal_the_bar_is_full_after_the_last_token(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", terminal)
+    console = runtime.Console(20, 1000, 1, 0)
+    console.start(400)
+    console.step(12, 500, 1.0)
+    assert (console.bar.n, console.bar.total) == (500, 1000)
+    console.step(20, 1000, 2.0)
+    console.stop()
+    assert "1.00k/1.00k" in terminal.getvalue() and "step 20/20, loss ..." in terminal.getvalue()
+
+
 def test_the_source_of_every_file_stands_first_byte_for_byte(run):
     rule, expected = b"=" * 100, b""
     for name in ("train_gpt.py", "triton_kernels.py", "runtime.py"):

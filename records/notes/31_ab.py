@@ -22,7 +22,7 @@ cfg = dataclasses.replace(cfg, stages=cfg.stages[:1], steps=182, extension=8, va
 world = runtime.connect(runtime.start_world(cfg))
 files = t.find_shards(cfg, "train_files")
 plan, validation = t.plan_run(cfg, files), t.read_validation(cfg, world)
-trainer, console = t.Trainer(cfg, world), t.Console(cfg.last_step, cfg.log_every, 1)
+trainer, console = t.Trainer(cfg, world), t.Console(cfg.last_step, plan.tokens, cfg.log_every, 1)
 begin = time.time()
 trainer.reset(0)
 trainer.warm_up(plan, validation, console)
