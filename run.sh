@@ -7,7 +7,8 @@
 # NPROC=n                    processes on this node (default: the largest of 8, 4, 2, 1 that the GPUs allow)
 # NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes: run this on each of them
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+self=$(readlink -f "${BASH_SOURCE[0]}" 2>/dev/null) || self=${BASH_SOURCE[0]}
+CDPATH='' cd "$(dirname "$self")"
 
 # A stable place for compiled graphs and kernels, so that the second run starts fast.
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}"
@@ -79,30 +80,33 @@ if [ "${1:-}" = test ]; then
 fi
 
 # What was asked for, before anything is installed or started.
-nodes=${NNODES:-1}
-for setting in NNODES="$nodes" NPROC="${NPROC:-1}"; do
-    [[ "${setting#*=}" =~ ^(1|2|4|8|16|32)$ ]] || die "$setting: give 1, 2, 4 or 8, for a step's 8 slices to be shared" \
-        "evenly; or 16 or 32 with as many slices="
-done
-if [ "$nodes" -gt 1 ]; then
-    [ -n "${NODE_RANK:-}" ] || die "NNODES=$nodes needs NODE_RANK: give the number of this node, from 0"
-    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: give the address of node 0"
-fi
-script=train_gpt.py check= help=
+script=train_gpt.py check=
 case "${1:-}" in
+    evaluate.py | sample.py) die "$1 is no trainer: run it by itself, python $1 ckpt=..." ;;
     *.py) script=$1; shift; [ -f "$script" ] || die "no script $script here: give a path from this folder, for example" \
         records/ladder/04_Muon/train_gpt.py ;;
     */*) [ ! -f "$1/train_gpt.py" ] || die "$1 is a folder: give its script, ${1%/}/train_gpt.py" ;;
 esac
 case "${1:-}" in
     check) check=1; shift ;;
-    help | --help | -h) help=1 ;;
+    help | --help | -h) find_python requirements.txt; exec "$PYTHON" "$script" "$@" ;;
 esac
+nodes=${NNODES:-1}
+for setting in NNODES="$nodes" NPROC="${NPROC:-1}"; do
+    [[ "${setting#*=}" =~ ^(1|2|4|8|16|32)$ ]] || die "$setting: give 1, 2, 4 or 8, for a step's 8 slices to be shared" \
+        "evenly; or 16 or 32 with as many slices="
+done
+if [ "$nodes" -gt 1 ]; then
+    [[ "${NODE_RANK:-}" =~ ^[0-9]$|^[12][0-9]$|^3[01]$ && "$NODE_RANK" -lt "$nodes" ]] ||
+        die "NNODES=$nodes needs NODE_RANK (now '${NODE_RANK:-}'): give the number of this node, 0 to $((nodes - 1))"
+    [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: give the address of node 0"
+    [[ "${MASTER_PORT:-29500}" =~ ^[0-9]{1,5}$ ]] || die "MASTER_PORT=$MASTER_PORT: give a port of node 0 that is free"
+fi
 
 find_python requirements.txt
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -eq 0 ]; then cpu_settings; fi
-if [ "$gpus" -eq 0 ] && [ -z "$help" ] && [[ " $*" != *" preset="* ]]; then
+if [ "$gpus" -eq 0 ] && [[ " $*" != *" preset="* ]]; then
     say "no GPU: taking the smoke preset, a small model of the same code, on the CPU"
     set -- preset=smoke "$@"
 fi
@@ -112,11 +116,13 @@ for n in 8 4 2; do
 done
 nproc=${NPROC:-$nproc}
 slices=8
-for option in "$@"; do
-    case $option in slices=*[!0-9]* | slices=) ;; slices=*) slices=${option#slices=} ;; esac
+for option in "$@"; do  # what is no number of slices, the trainer refuses
+    if [[ "$option" =~ ^slices=([1-9][0-9]{0,8})$ ]]; then slices=${BASH_REMATCH[1]}; fi
 done
+fewer="NPROC=$((slices / nodes)) or fewer"
+[ "$nodes" -le "$slices" ] || fewer="fewer nodes"
 [ "$((nodes * nproc))" -le "$slices" ] || die "$nodes nodes of $nproc processes are more than a step's $slices slices:" \
-    "give NPROC=$((slices / nodes)) or fewer, or slices=$((nodes * nproc))"
+    "give $fewer, or slices=$((nodes * nproc))"
 
 launch=("$PYTHON")
 if [ "$nodes" -gt 1 ]; then
@@ -133,7 +139,5 @@ if [ -n "$check" ]; then
     if [ "$code" -ne 2 ]; then "${launch[@]}" tests/check_machine.py all-reduce "$@" || code=1; fi
     exit "$code"
 fi
-if [ -z "$help" ]; then
-    "$PYTHON" "$script" fetch "$@"  # checks the options and makes the preset's missing shards
-fi
+"$PYTHON" "$script" fetch "$@"  # checks the options and makes the preset's missing shards
 exec "${launch[@]}" "$script" "$@"

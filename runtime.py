@@ -688,11 +688,11 @@ def finish_log(log: Log, clock: Clock, console: "Console", result: dict) -> None
 
 
 class Console:
-    """What rank 0 shows: a tqdm bar on a terminal, a plain line now and then elsewhere."""
+    """What rank 0 shows: a tqdm bar on a terminal, a plain line now and then elsewhere; by tokens, as steps grow."""
 
     def __init__(self, last_step: int, tokens: int, log_every: int, rank: int):
         self.last_step, self.tokens, self.quiet = last_step, tokens, rank != 0
-        self.bar, self.loss, self.every = None, "...", max(log_every, last_step // 20)
+        self.bar, self.every = None, max(log_every, last_step // 20)
 
     def say(self, text: str) -> None:
         if self.quiet:
@@ -703,14 +703,14 @@ class Console:
         except BrokenPipeError:  # `| head` has seen enough; the run and its log go on
             sys.stdout, self.quiet = open(os.devnull, "w"), True
 
-    def start(self, tokens: int) -> None:
+    def start(self, tokens: int, seconds: float) -> None:
+        self.before, self.loss = (tokens, seconds), "..."  # of a run that goes on: perhaps another machine's
         if not self.quiet and sys.stderr.isatty():
             self.bar = tqdm(total=self.tokens, initial=tokens, unit="tok", unit_scale=True, dynamic_ncols=True)
 
     def step(self, step: int, tokens: int, seconds: float) -> None:
-        """After step number `step` (from 1), `tokens` tokens and `seconds` of training. Steps grow, so what is left is
-        told by tokens."""
-        rate = tokens / max(seconds, 1e-9)
+        """After step number `step` (from 1), `tokens` tokens and `seconds` of training."""
+        rate = (tokens - self.before[0]) / max(seconds - self.before[1], 1e-9)
         if self.bar is not None:
             self.bar.set_postfix_str(f"step {step}/{self.last_step}, loss {self.loss}", refresh=False)
             self.bar.update(tokens - self.bar.n)

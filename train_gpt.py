@@ -1443,7 +1443,7 @@ class Trial:
         loader = Loader(cfg, self.world, files, self.plan, self.first)  # checkpoints
         if self.saved and loader.position != self.saved["position"]:
             raise UserError(f"resume={cfg.resume} had read other tokens: take the shards and options of its run")
-        self.console.start(self.tokens)
+        self.console.start(self.tokens, clock.read())
         watch.working()
         profile = Profile(self.log, cfg.profile, clock, watch)
         for step in range(self.first, steps + 1):

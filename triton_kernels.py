@@ -2,8 +2,9 @@
 
 A section has its equation, shapes, dtypes and sources; NAME_reference, of the same arguments; the kernels; and NAME,
 its public function. A shape, layout, device or dtype that a section does not list raises ValueError. `choose`, the last
-section, picks a run's functions for its GPU. Measured times: records/NOTES.md. The file imports without Triton. Under
-TRITON_INTERPRET=1, set before triton is first imported, the operators take CPU tensors for tests, but no bf16.
+section, picks a run's functions for its GPU. Measured times: records/NOTES.md (9: norms and residual mixing are no
+faster by hand, so torch.compile has them). The file imports without Triton. Under TRITON_INTERPRET=1, set before triton
+is first imported, the operators take CPU tensors for tests, but no bf16, and their rounding to FP8 is wrong.
 """
 import functools
 import os
@@ -100,9 +101,8 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 # out         (T, H V)
 #
 # All contiguous, of one dtype, bf16 or fp16 (interpreter: fp16, fp32; reference: any, any widths of 4n); sums are fp32.
-# Differentiable by qk, v and gate. Deterministic: no atomics.
-# Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442); rotary embedding (2104.09864), half-truncated in
-# modded-nanogpt's record #20; gates #28; key offset #49; paired heads #58.
+# Differentiable by qk, v and gate; deterministic. Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442);
+# rotary embedding (2104.09864), half-truncated in modded-nanogpt's record #20; gates #28; key offset #49; pairs #58.
 
 
 class Documents(NamedTuple):
@@ -114,6 +114,7 @@ class Documents(NamedTuple):
 
 
 def documents(cu_seqlens: Tensor, max_doc: int, tokens: int) -> Documents:
+    """From starts that ascend from 0 to `tokens`, int32; not checked, which would wait for the GPU."""
     position = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     index = torch.searchsorted(cu_seqlens, position, right=True)
     return Documents(cu_seqlens, max_doc, cu_seqlens[index - 1], cu_seqlens[index])
@@ -553,8 +554,7 @@ def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr
 
 
 # The same backward product on Hopper in Gluon, Triton's lower level, for bf16: a warp loads, and of two groups of four
-# warps one makes its outputs while the other multiplies. 143 us at 16,384 x 768 -> 3072 on an H100, where the kernel
-# above takes 160 and cuBLAS 116 for the product alone; the tiles' way out of the second-level cache is what limits it.
+# warps one makes its outputs while the other multiplies. 10% faster than the kernel above on an H100 (NOTES.md, 13).
 HOPPER_BM, HOPPER_BN, HOPPER_BK = tl.constexpr(128), tl.constexpr(128), tl.constexpr(64)
 HOPPER_STAGES, HOPPER_ROWS, HOPPER_PART = tl.constexpr(5), tl.constexpr(4), tl.constexpr(64)
 HOPPER_BLOCK = [128, 64]  # of every descriptor: (BM, BK) of g, (BN, BK) of w, (BM, PART) of post and dpre
@@ -939,7 +939,7 @@ def softcapped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, g
 # results of the arguments' dtype; sums in fp32, and gram, step and x are rounded to that dtype between the products
 #
 # Of a symmetric product only the tiles on and below the diagonal are computed, each stored twice. ||g||^2 is the trace
-# of g's own Gram matrix, and the first step makes up for the scale: so ||g||_F must be below 1e9.
+# of g's own Gram matrix, and the first step makes up for the scale: so ||g||_F must be below 1e8.
 # Sources: Muon (K. Jordan et al. 2024); Polar Express (arXiv 2505.16932), five rounds, safety factor 1.02.
 
 POLAR_EXPRESS = (  # a, b, c of each round

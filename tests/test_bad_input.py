@@ -558,6 +558,8 @@ def test_a_disk_that_has_space_at_the_very_end_gets_a_log_that_ends_as_every_log
 @pytest.mark.parametrize("environment, fragment", [
     ({"NNODES": "abc"}, "NNODES=abc"), ({"NNODES": "2"}, "NODE_RANK"), ({"NPROC": "3"}, "NPROC=3"),
     ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
+    ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "localhost"}, "(now '2')"),
+    ({"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "abc"}, "MASTER_PORT=abc"),
     ({"NNODES": "4", "NPROC": "4", "NODE_RANK": "0", "MASTER_ADDR": "localhost"}, "NPROC=2 or fewer"),
 ])
 def test_run_sh_refuses_processes_that_cannot_share_the_slices(environment, fragment):
@@ -568,10 +570,21 @@ def test_run_sh_refuses_processes_that_cannot_share_the_slices(environment, frag
     assert "Traceback" not in done.stderr
 
 
-def test_run_sh_names_the_script_of_a_folder():
-    done = subprocess.run(["./run.sh", "records/ladder/04_Muon"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
-    assert done.returncode == 2 and "give its script, records/ladder/04_Muon/train_gpt.py" in done.stderr
+@pytest.mark.parametrize("argument, says", [
+    ("records/ladder/04_Muon", "give its script, records/ladder/04_Muon/train_gpt.py"),
+    ("records/04.py", "no script records/04.py here"), ("evaluate.py", "python evaluate.py ckpt=")])
+def test_run_sh_says_which_script_it_takes(argument, says):
+    done = subprocess.run(["./run.sh", argument], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and says in done.stderr
+
+
+def test_run_sh_helps_whatever_else_was_asked_for_and_from_wherever_it_is_linked(tmp_path):
+    (tmp_path / "train").symlink_to(ROOT / "run.sh")
+    done = subprocess.run([tmp_path / "train", "help"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                               "NNODES": "3", "NPROC": "2"})
+    assert done.returncode == 0 and done.stdout.count("preset=") == 2 and done.stderr == "", done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", "\udcff", "a\nb", "x" * 101])

@@ -127,11 +127,20 @@ def test_the_console_prints_every_validation_line_of_the_log(run):
 
 
 def test_the_console_tells_what_is_left_by_tokens_as_later_steps_are_larger(run):
-    left = re.findall(r"^step (\d+)/14 .* ([\d,]+) tok/s  ([\d.]+) s, about (\d+) s left$", run.console, re.M)
+    left = re.findall(r"^step (\d+)/14 .* ([\d,]+) tok/s  [\d.]+ s, about (\d+) s left$", run.console, re.M)
     sizes = [run.cfg.stages[train_gpt.stage_at(run.cfg, step)].tokens for step in range(14)]
     assert [int(step) for step, *_ in left] == list(range(1, 15)) and sizes[0] < sizes[-1]
-    for step, rate, _, seconds in left:
-        assert float(seconds) == pytest.approx(sum(sizes[int(step):]) / int(rate.replace(",", "")), abs=0.6)
+    for step, rate, seconds in left:
+        tokens, rate = sum(sizes[int(step):]), int(rate.replace(",", ""))
+        rounding = 0.51 + tokens / (rate - 0.5) - tokens / rate
+        assert float(seconds) == pytest.approx(tokens / rate, abs=rounding)
+
+
+def test_a_run_that_goes_on_tells_the_rate_of_this_machine(capsys):
+    console = runtime.Console(20, 1000, 1, 0)
+    console.start(400, 1.0)
+    console.step(12, 500, 3.0)
+    assert "step 12/20  train_loss ...  50 tok/s  3.0 s, about 10 s left" in capsys.readouterr().out
 
 
 def test_on_a_terminal_the_bar_is_full_after_the_last_token(monkeypatch):
@@ -139,12 +148,15 @@ def test_on_a_terminal_the_bar_is_full_after_the_last_token(monkeypatch):
     monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("sys.stderr", terminal)
     console = runtime.Console(20, 1000, 1, 0)
-    console.start(400)
-    console.step(12, 500, 1.0)
-    assert (console.bar.n, console.bar.total) == (500, 1000)
-    console.step(20, 1000, 2.0)
-    console.stop()
-    assert "1.00k/1.00k" in terminal.getvalue() and "step 20/20, loss ..." in terminal.getvalue()
+    for last in ("...", "3.2000"):  # of the second of two trials no loss is known at its start either
+        console.start(400, 1.0)
+        assert console.loss == "..."
+        console.step(12, 500, 1.5)
+        assert (console.bar.n, console.bar.total) == (500, 1000)
+        console.loss = last
+        console.step(20, 1000, 2.0)
+        console.stop()
+        assert "1.00k/1.00k" in terminal.getvalue() and f"step 20/20, loss {last}" in terminal.getvalue()
 
 
 def test_the_source_of_every_file_stands_first_byte_for_byte(run):

@@ -28,11 +28,11 @@ def main(argv: list[str]) -> None:
     plan, validation = t.plan_run(base, files), t.read_validation(base, world)
     trainer = t.Trainer(base, world)
     trainer.reset(base.seed)
-    trainer.warm_up(plan, validation, t.Console(base.last_step, base.log_every, 0))
+    trainer.warm_up(plan, validation, t.Console(base.last_step, plan.tokens, base.log_every, 0))
     for change, cfg in zip(argv[cut + 1:], configs, strict=True):
         trainer.cfg = trainer.optimizer.cfg = cfg
         log, clock = runtime.new_log(cfg, world), t.Clock(world.device)
-        console = t.Console(cfg.last_step, cfg.log_every, 0)
+        console = t.Console(cfg.last_step, plan.tokens, cfg.log_every, 0)
         t.log_header(log, cfg, world, trainer.describe(plan))
         log.write(f"sweep:{change}")
         trial = t.Trial(trainer, plan, clock, console, log, cfg.seed, {})

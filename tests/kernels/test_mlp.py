@@ -140,6 +140,20 @@ def test_kernel_linear_quantises_its_output_from_other_dtypes_too():
     assert_close(post8, tk.relu_square_reference(*double(x, w))[0].clamp(max=448))
 
 
+def small_integers(*shape, low, high):
+    return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, F32)
+
+
+def test_kernel_fp8_outputs_are_exact_where_nothing_is_rounded():
+    """One product in each sum, integers of few bits, scales of powers of two; in the interpreter too."""
+    a, w = small_integers(48, 16, low=-2, high=2), torch.eye(16, device=DEVICE).repeat(2, 1)
+    product, post = a.repeat(1, 2), small_integers(48, 32, low=0, high=3).square()
+    _, post8, _, post8_t = tk.relu_square.kernel(a.to(E4), w.to(E4), None, number(2.0), number(0.5), True)
+    assert torch.equal(post8.float(), 8 * product.relu().square()) and torch.equal(post8_t.float(), post8.t().float())
+    dpre8, dpre8_t = tk.relu_square.kernel(a.to(E5), w.to(E4), post.to(BF16), number(0.25), number(0.125), True)
+    assert torch.equal(dpre8.float(), 4 * product * post.sqrt()) and torch.equal(dpre8_t.float(), dpre8.t().float())
+
+
 def test_kernel_linear_saturates():
     x, w = torch.full((16, 32), 100.0, device=DEVICE).to(E4), torch.full((32, 32), 100.0, device=DEVICE).to(E4)
     post, post8, amax = tk.relu_square.kernel(x, w, None, number(1e-2), number(1e-6))
