@@ -85,7 +85,9 @@ def test_every_rung_is_in_its_folder_and_the_tables_know_it():
     assert [folder.name for folder in rung_folders(ROOT / "records")] == list(RUNGS)
 
 
-@pytest.mark.parametrize("rung", SHARED)
+# The first, the first with Muon and the last; between neighbours only what OWN names differs.
+@pytest.mark.parametrize("rung", [rung if rung in ("01_llmc", "04_Muon", "20_Sub3Min") else
+                                  pytest.param(rung, marks=pytest.mark.slow) for rung in SHARED])
 def test_a_rung_learns_and_writes_a_log(rung, text, tmp_path):
     log = trained(rung, tmp_path, *TINY, *text)
     assert log.dialect == "ours" and log.finished and log.seed == 0 and log.tokens == 8 * 512

@@ -9,10 +9,11 @@ import pytest
 from conftest import ROOT, run_trainer
 
 
-@pytest.mark.parametrize("options", [["steps=56", "val_every=28"],
-                                     pytest.param(["val_every=40"], marks=pytest.mark.slow)], ids=["shorter", "whole"])
-def test_the_smoke_preset_learns_pythons_documentation(tmp_path, options):
-    """From ln(vocabulary) to under 3 nats a token (a byte here; a table of byte frequencies reaches about 3.1)."""
+@pytest.mark.parametrize("options, below", [(["steps=24", "val_every=16"], 4), pytest.param(
+    ["val_every=40"], 3, marks=pytest.mark.slow)], ids=["shorter", "whole"])
+def test_the_smoke_preset_learns_pythons_documentation(tmp_path, options, below):
+    """From ln(vocabulary) to under 3 nats a token (a byte here; a table of byte frequencies reaches about 3.1); of a
+    schedule of a third to under 4."""
     made = subprocess.run([sys.executable, "data/local_text.py", "--out", str(tmp_path / "text")], cwd=ROOT,
                           capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
@@ -20,10 +21,10 @@ def test_the_smoke_preset_learns_pythons_documentation(tmp_path, options):
                        f"val_files={tmp_path}/text/local_val_*.bin", *options, timeout=900)
     assert done.returncode == 0, done.stderr
     losses = [float(x) for x in re.findall(r"val_loss:([\d.]+)", done.stdout)]
-    assert abs(losses[0] - math.log(50304)) < 0.1 and losses[-1] < 3
+    assert abs(losses[0] - math.log(50304)) < 0.1 and losses[-1] < below
     log, = (tmp_path / "logs").glob("*_smoke/*.txt")
     assert log.name in done.stdout
-    assert json.loads(log.read_text().splitlines()[-1])["val_loss"] < 3
+    assert json.loads(log.read_text().splitlines()[-1])["val_loss"] == pytest.approx(losses[-1], abs=1e-4)
 
 
 def test_one_long_text_of_ones_own_trains(tmp_path):
