@@ -97,7 +97,7 @@ for setting in NNODES="$nodes" NPROC="${NPROC:-1}"; do
         "evenly; or 16 or 32 with as many slices="
 done
 if [ "$nodes" -gt 1 ]; then
-    [[ "${NODE_RANK:-}" =~ ^[0-9]$|^[12][0-9]$|^3[01]$ && "$NODE_RANK" -lt "$nodes" ]] ||
+    [[ "${NODE_RANK:-}" =~ ^(0|[1-9][0-9]?)$ && "$NODE_RANK" -lt "$nodes" ]] ||
         die "NNODES=$nodes needs NODE_RANK (now '${NODE_RANK:-}'): give the number of this node, 0 to $((nodes - 1))"
     [ -n "${MASTER_ADDR:-}" ] || die "NNODES=$nodes needs MASTER_ADDR: give the address of node 0"
     [[ "${MASTER_PORT:-29500}" =~ ^[0-9]{1,5}$ ]] || die "MASTER_PORT=$MASTER_PORT: give a port of node 0 that is free"

@@ -710,11 +710,11 @@ class Console:
 
     def step(self, step: int, tokens: int, seconds: float) -> None:
         """After step number `step` (from 1), `tokens` tokens and `seconds` of training."""
-        rate = (tokens - self.before[0]) / max(seconds - self.before[1], 1e-9)
         if self.bar is not None:
             self.bar.set_postfix_str(f"step {step}/{self.last_step}, loss {self.loss}", refresh=False)
             self.bar.update(tokens - self.bar.n)
         elif not self.quiet and step % self.every == 0:
+            rate = (tokens - self.before[0]) / max(seconds - self.before[1], 1e-9)
             self.say(f"step {step}/{self.last_step}  train_loss {self.loss}  {rate:,.0f} tok/s  "
                      f"{seconds:.1f} s, about {(self.tokens - tokens) / rate:.0f} s left")
 
