@@ -26,7 +26,7 @@ try:
     jit = triton.jit
 except ImportError:  # no wheel for this platform: the references carry on alone
     triton, tl, jit = None, PLAIN, PLAIN.jit
-try:  # experimental, so a later Triton may have it otherwise: the kernels in Triton itself then carry on alone
+try:  # experimental: where a Triton has it not, the kernels in Triton itself carry on alone
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia import hopper
@@ -73,15 +73,18 @@ E4M3_WORD, E5M2_WORD = (tl.constexpr(
 def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: Sequence[torch.dtype], device=None) -> None:
     """ValueError, with all that x should be and is, unless it is None or fits, contiguous, of dtypes, on device."""
     if x is not None and not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == (device or x.device)):
-        kinds = " or ".join(map(str, dtypes))
-        raise ValueError(f"{name} must be {wanted}, contiguous, on {device or x.device}, {kinds}, "
-                         f"not {x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}.")
+        raise ValueError(f"{name} must be {wanted}, contiguous, on {device or x.device}, "
+                         f"{' or '.join(map(str, dtypes))}, not {x.dtype} of shape {tuple(x.shape)} with strides "
+                         f"{x.stride()} on {x.device}.")
 
 
-def _bind_context(x: Tensor) -> None:
-    """Triton 3.6 makes descriptors without a CUDA context in a new thread, such as autograd's: any call binds one."""
+def _aligned(x: Tensor) -> Tensor:
+    """x, or where it or a row does not start at a multiple of 16 bytes, as descriptors want, a copy. Triton 3.6 makes
+    them without a CUDA context in a new thread, such as autograd's: any call binds one."""
+    fits = x.data_ptr() % 16 == x.stride(0) * x.itemsize % 16 == 0
     if x.is_cuda:
         torch.cuda.is_current_stream_capturing()
+    return x if fits else x.new_empty(x.shape).copy_(x)
 
 
 def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, so that each has several tiles
@@ -93,8 +96,8 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 # qk          (T, 2 H W)        rows of H query heads, then H key heads of width W, 64 or 128
 # v           (T, H V)          H value heads of width V, 64 or 128
 # documents   Documents         made once a batch of T tokens by `documents`; window 0 to 2^30, scale above 0
-# cos, sin    (>= rows, W / 4)  or None. With them q and k are RMS-normed (eps 2^-23), then channel j turns with channel
-#                               j + W / 4, and the second half of the channels stands still
+# cos, sin    (>= rows, W / 4)  or None: of angles. With them q and k are RMS-normed (eps 2^-23), then channel j turns
+#                               with channel j + W / 4, and the second half of the channels stands still
 # gate        (T, H)            above 0, in fp16 1e-4 (its logarithm joins the log-sum-exp; at 0 no gradient); None: 1
 # paired                        token t becomes rows 2t and 2t + 1 of a sequence with half of the heads each
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
@@ -367,14 +370,13 @@ def _attention_dkdv(q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, las
 def _attention_plan(qk, v, prepared, heads, paired):
     """Rows, a grid over heads and tiles of rows, the kernels' constants, and a function from rows a tile to descriptors
     of q, k and v: q and k as prepared, or where that is empty of the packed rows' columns."""
-    _bind_context(qk)
     parts, widths = 1 + paired, (qk.size(1) // (2 * heads), qk.size(1) // (2 * heads), v.size(1) // heads)
     rows = len(qk) * parts
     whole = [x.view(rows, -1) if x.numel() else y for x, y in zip(prepared, qk.chunk(2, dim=1), strict=True)]
+    whole = [_aligned(x) for x in (*whole, v.view(rows, -1))]
     dims = dict(HEADS=heads, PARTS=parts, WIDTH=widths[0])
     return rows, (heads // parts, triton.cdiv(rows, TILE)), dims, lambda *sizes: [
-        TensorDescriptor.from_tensor(x, [n, w])
-        for x, n, w in zip((*whole, v.view(rows, -1)), sizes, widths, strict=True)]
+        TensorDescriptor.from_tensor(x, [n, w]) for x, n, w in zip(whole, sizes, widths, strict=True)]
 
 
 @torch.library.custom_op("speedrun::attention", mutates_args=())
@@ -421,7 +423,8 @@ def _attention_backward(dout: Tensor, qk: Tensor, v: Tensor, gate: Tensor | None
     rows, grid, dims, tiles = _attention_plan(qk, v, (q, k), heads, paired)
     (dqk, dv, delta), dk = (torch.empty_like(x) for x in (qk, v, lse)), torch.empty_like(k) if key_offset else None
     v_width = v.size(1) // heads
-    out, dout = (TensorDescriptor.from_tensor(x.contiguous().view(rows, -1), [TILE, v_width]) for x in (out, dout))
+    out, dout = (TensorDescriptor.from_tensor(_aligned(x.contiguous().view(rows, -1)), [TILE, v_width])
+                 for x in (out, dout))
     _attention_dq[grid](
         *tiles(TILE, TILE // 2, TILE // 2), out, dout, gate, lse, delta, first, qk, dqk, cos, sin, rows, lse.size(1),
         window, scale, V_WIDTH=v_width, num_stages=2 if window <= SMALL_WINDOW else 4, **dims)
@@ -464,12 +467,12 @@ def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> 
 # --- The MLP's matrix products with ReLU^2 ----------------------------------------------------------------------------
 #     forward   post = relu(scale * x W')^2        post8 = e4m3(post / out_scale)        amax = max post
 #     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / out_scale)
-# a     (T, D)   bf16, fp16, fp32 (the reference also float64) or FP8, row-major    input x, or gradient g of the output
+# a     (T, D)   bf16, fp16, fp32 (not with out_scale) or FP8 (the reference: any)  input x, or gradient g of the output
 # w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
 # post  (T, F)   a's dtype, bf16 for FP8; None: forward
-# scale ()       fp32, not negative, or None: 1                                      product of FP8 operands' scales
-# post8 (T, F)   and, transposed, post8_t (F, T), e4m3, saturated at 448             where out_scale (), fp32, is given
-# amax  (n,)     fp32, one maximum for each program (NaNs left out); with post8      for the next step's out_scale
+# scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1                                  product of FP8 operands' scales
+# post8 (T, F)   and, transposed, post8_t (F, T), e4m3, saturated at 448             with out_scale (), fp32 from 1e-30
+# amax  (n,)     fp32, one maximum a program, where no NaN is; with post8            for the next step's out_scale
 # dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
 #
 # Arithmetic is fp32, each output rounded once; FP8 products accumulate at the tensor cores' own precision, on Hopper
@@ -668,12 +671,12 @@ def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor 
     Backward, with post: [dpre], with out_scale [dpre8], transposed [dpre8, dpre8_t]."""
     outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, post, scale, out_scale, transposed)
     for t in (a, w, post, out, out8, out8_t):
-        if t is not None and (t.shape[1] * t.itemsize % 16 or t.data_ptr() % 16):
-            raise ValueError(f"{t.dtype} matrix {tuple(t.shape)}: rows or start are not at multiples of 16 bytes: pad "
-                             f"T, D and F to multiples of {16 // t.itemsize} and pass fresh tensors.")
+        if t is not None and t.shape[1] * t.itemsize % 16:
+            raise ValueError(f"{t.dtype} matrix {tuple(t.shape)} has rows that are no multiple of 16 bytes: pad T, D "
+                             f"and F to multiples of {16 // t.itemsize}.")
     if a.itemsize > 4 or (a.itemsize == 4 and out8 is not None):
         raise ValueError(f"the kernel has no {a.dtype} operands{' for FP8 outputs' * (a.itemsize == 4)}: convert them.")
-    _bind_context(a)
+    a, w, post = (t if t is None else _aligned(t) for t in (a, w, post))
     if (out8 is None and post is not None and scale is None and a.dtype == torch.bfloat16 and a.is_cuda
             and gluon is not PLAIN and torch.cuda.get_device_capability(a.device)[0] == 9):
         descriptors = (HopperDescriptor.from_tensor(t, HOPPER_BLOCK, HOPPER_LAYOUT) for t in (a, w, post, out))
@@ -701,18 +704,20 @@ class ReluSquareMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         x, w_up, w_down, post = ctx.saved_tensors
-        g = g.contiguous()
-        (dpre,) = relu_square(g, w_down, post)
+        (dpre,) = relu_square(g := g.contiguous(), w_down, post)
         return dpre @ w_up, dpre.t() @ x, post.t() @ g
 
 
 def relu_square_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """relu(x w_up')^2 w_down for x (T, D), w_up and w_down (F, D): (T, D), differentiable."""
+    _check_relu_square(x, w_up, None)
+    _expect("w_down", w_down, w_down.shape == w_up.shape, tuple(w_up.shape), (x.dtype,), x.device)
     return (x @ w_up.t()).relu().square() @ w_down
 
 
 def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """As relu_square_mlp_reference, by the two kernels on a GPU; of the hidden layer only post is kept for backward."""
+    _expect("w_down", w_down, w_down.shape == w_up.shape, tuple(w_up.shape), (x.dtype,), x.device)
     return ReluSquareMLP.apply(x, w_up, w_down)
 
 
@@ -722,7 +727,7 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 # targets (T, K)  int32 or int64, each in [-1, V), which is not checked; K <= 5  of several tokens by `further_targets`
 # weights (K,)    fp32                                                           weights_k: of the targets in column k
 # losses  (T,)    fp32 (float64 for float64 logits)
-# grad    (T, V)  bf16, fp16, fp32 or float8_e5m2, clamped to its largest value  grad_scale * d losses_i / d logit_ij
+# grad    (T, V)  bf16, fp16, fp32 or float8_e5m2 (clamped; GPUs from 8.9 on)    grad_scale * d losses_i / d logit_ij
 # grad_t  (V, T)  grad transposed, contiguous; (0, 0) unless both_layouts        FP8 products want the inner axis so
 #
 # Terms with a target of -1 are left out: so the loss over a sample of the vocabulary is this one, of the sample's
@@ -966,11 +971,9 @@ def gram_reference(x: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
 def orthogonalise_reference(g: Tensor) -> Tensor:
     _check_matrices("g", g, *FLOATS, torch.float64)
     x = g / (1.02 * g.norm(dim=(-2, -1), keepdim=True) + 1e-6)
-    tall = g.size(-2) > g.size(-1)
     for a, b, c in POLAR_EXPRESS:
-        gram = x.mT @ x if tall else x @ x.mT
-        step = b * gram + c * (gram @ gram)
-        x = a * x + (x @ step if tall else step @ x)
+        step = gram_reference(gram_reference(x), b, c)
+        x = a * x + (x @ step if g.size(1) > g.size(2) else step @ x)
     return x
 
 
@@ -1053,9 +1056,9 @@ def orthogonalise(g: Tensor) -> Tensor:
 # --- Transposes: a copy, an addition in place, quantised to FP8 both ways ---------------------------------------------
 #     transpose_copy:  out = src'           transpose_add_:  dst += src'
 #     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q'
-# src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the reference also float64)
+# src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the references also of 8)
 # out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src, not src itself
-# x     (M, N)  bf16, fp16 or fp32, contiguous, M and N multiples of 16 (FP8 products want the same)
+# x     (M, N)  bf16, fp16 or fp32, contiguous, multiples of 16 (FP8 products want the same); M, N below 2^24 here
 # q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2        scale ()  fp32, in the device's memory
 
 TURN_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
@@ -1165,15 +1168,12 @@ def transpose_add_(dst: Tensor, src: Tensor) -> None:
     _turn(src, dst, 1, True)
 
 
-def _quantize_outputs(x, scale, dtype):
-    return torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
-
-
-@operation(quantize_transpose_reference, outputs=_quantize_outputs)
+@operation(quantize_transpose_reference, outputs=lambda x, scale, dtype: (
+    torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)))
 def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(q, q_t): x / scale in FP8, saturated, and the same transposed."""
     _check_quantize(x, scale, dtype)
-    q, q_t = _quantize_outputs(x, scale, dtype)
+    q, q_t = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
     (m, n), (bm, bn), e4m3 = x.shape, (16, 128), dtype == E4M3
     _quantize_transpose[(triton.cdiv(m // 4, bm) * triton.cdiv(n, bn),)](
         x, scale, q.view(torch.uint8), q_t.view(torch.uint32), m, n, DTYPE=tl.float8e4nv if e4m3 else tl.float8e5,

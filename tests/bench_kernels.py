@@ -121,8 +121,8 @@ def attention_rows() -> Iterator[Row]:
 def mlp_rows() -> Iterator[Row]:
     for tokens in (16384, 49152):
         x, w, g = randn(tokens, 768), randn(3072, 768) / 28, randn(tokens, 768)
-        x8, w8 = x.mul(4).to(E4), w.mul(64).to(E4)
-        scale, post_scale = torch.full((), 1 / 256, device="cuda"), torch.full((), 0.05, device="cuda")
+        x8, w8, g8 = x.mul(4).to(E4), w.mul(64).to(E4), g.mul(4).to(E5)
+        scale, post_scale, dpre_scale = (torch.full((), value, device="cuda") for value in (1 / 256, 0.05, 0.001))
         post = tk.relu_square_reference(x, w)[0]
         one, flops, shape = torch.ones((), device="cuda"), 2 * tokens * 768 * 3072, f"{tokens:,} x 768 -> 3072"
 
@@ -130,16 +130,29 @@ def mlp_rows() -> Iterator[Row]:
             post = F.relu(torch._scaled_mm(x8, w8.t(), scale, one, out_dtype=BF16, use_fast_accum=True)).square()
             return post, (post / post_scale).clamp(max=448).to(E4), post.max()
 
+        def up8_turned(up8=up8):
+            post, post8, amax = up8()
+            return post, post8, amax, post8.t().contiguous()
+
         def back(g=g, w=w, post=post):
             return 2 * (g @ w.t()) * post.sqrt()
 
-        yield Row("MLP up + ReLU2, FP8 in, bf16 and FP8 out, amax", shape,
-                  lambda x8=x8, w8=w8, s=scale, p=post_scale: tk.relu_square(x8, w8, None, s, p), compiled(up8),
-                  x8.nbytes + w8.nbytes + 1.5 * post.nbytes, flops, "fp8")
+        def back8(g8=g8, w8=w8, post=post, scale=scale, dpre_scale=dpre_scale, one=one):
+            product = torch._scaled_mm(g8, w8.t(), scale, one, out_dtype=BF16, use_fast_accum=False)
+            dpre8 = (2 * product * post.sqrt() / dpre_scale).clamp(-57344, 57344).to(E5)
+            return dpre8, dpre8.t().contiguous()
+
+        for name, turned, library in (("", False, up8), (", and FP8 turned", True, up8_turned)):
+            yield Row(f"MLP up + ReLU2, FP8 in, bf16 and FP8 out, amax{name}", shape,
+                      lambda x8=x8, w8=w8, s=scale, p=post_scale, t=turned: tk.relu_square(x8, w8, None, s, p, t),
+                      compiled(library), x8.nbytes + w8.nbytes + (3 + turned) / 2 * post.nbytes, flops, "fp8")
         yield Row("MLP up + ReLU2, bf16", shape, lambda x=x, w=w: tk.relu_square(x, w),
                   compiled(lambda x=x, w=w: F.relu(x @ w.t()).square()), x.nbytes + w.nbytes + post.nbytes, flops)
         yield Row("MLP backward through ReLU2, bf16", shape, lambda g=g, w=w, p=post: tk.relu_square(g, w, p),
                   compiled(back), x.nbytes + w.nbytes + 2 * post.nbytes, flops)
+        yield Row("MLP backward through ReLU2, e5m2 in, e5m2 out in both layouts", shape,
+                  lambda g8=g8, w8=w8, p=post, s=scale, d=dpre_scale: tk.relu_square(g8, w8, p, s, d, True),
+                  compiled(back8), g8.nbytes + w8.nbytes + 2 * post.nbytes, flops, "fp8")
 
 
 def loss_rows() -> Iterator[Row]:
@@ -153,6 +166,11 @@ def loss_rows() -> Iterator[Row]:
                       lambda args=args: tk.softcapped_cross_entropy(*args),
                       compiled(lambda args=args: tk.softcapped_cross_entropy_reference(*args)),
                       logits.nbytes * (1.5 + 0.5 * both))
+        sample = torch.randperm(50304, device="cuda")[:16384]
+        args = (randn(tokens, 16384) * 4, tk.candidate_positions(targets, sample, 50304), weights, 1.0, E5, True)
+        yield Row("loss and e5m2 gradient, both layouts, over a sample", f"{tokens:,} x 16,384",
+                  lambda args=args: tk.softcapped_cross_entropy(*args),
+                  compiled(lambda args=args: tk.softcapped_cross_entropy_reference(*args)), args[0].nbytes * 2)
 
 
 def orthogonalise_rows() -> Iterator[Row]:

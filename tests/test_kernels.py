@@ -49,10 +49,16 @@ def test_plain_pytorch_runs_without_the_hardware_or_on_request(capability, dtype
                for function in chosen)
 
 
-@pytest.mark.parametrize("capability", [AMPERE, ADA, BLACKWELL])
-def test_tiles_made_for_hopper_run_on_hopper_only(capability):
-    kind = kinds(capability)
-    assert kind["attention"] == "library" and kind["mlp"] == kind["orthogonalise"] == "reference"
+@pytest.mark.skipif(not TRITON, reason="triton cannot be imported")
+@pytest.mark.parametrize("capability, kernels", [
+    (CPU, ()), (TURING, ()), (AMPERE, ("cross_entropy",)), ((8, 6), ("cross_entropy",)),
+    (ADA, ("cross_entropy", "quantize_transpose")), (BLACKWELL, ("cross_entropy", "quantize_transpose")),
+    ((12, 0), ("cross_entropy", "quantize_transpose")), ((13, 0), ())])
+def test_what_runs_on_each_gpu(capability, kernels):
+    expected = {name: "kernel" if name in kernels else "reference" for name in tk.CAPABILITIES}
+    if capability >= AMPERE:
+        expected["attention"] = "library"
+    assert kinds(capability) == expected
 
 
 def test_library_mode_takes_pytorchs_attention_and_no_kernel():
@@ -106,7 +112,49 @@ def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, con
             constants.setdefault(parameter.name, widths[1] if parameter.name == "V_WIDTH" else parameter.default)
         signature[parameter.name] = "constexpr" if parameter.name in constants else kinds[parameter.name]
     compiled = tk.triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
-    assert "ptx" in compiled.asm
+    assert "cubin" in compiled.asm
+
+
+POINTERS_OF_THE_REST = {
+    "logits_ptr": "*bf16", "targets_ptr": "*i32", "weights_ptr": "*fp32", "totals_ptr": "*fp64", "counts_ptr": "*i32",
+    "losses_ptr": "*fp32", "x_ptr": "*bf16", "scale_ptr": "*fp32", "q_ptr": "*u8", "t_ptr": "*u32", "out_ptr": "*bf16",
+    "src_ptr": "*u8", "dst_ptr": "*u32", "post": "*bf16", "out8": "*fp8e4nv", "out_scale_ptr": "*fp32",
+    "amax_ptr": "*fp32", "grad_scale": "fp32", **dict.fromkeys("abc", "fp32"), **dict.fromkeys("TVMNKRC", "i32")}
+LOSS = {"TERMS": 3, "BOTH": True, "ROWS": 64, "COLS": 128, "STRIP": 256, "AHEAD": 2, "FAST": True}
+TURN = {"BM": 32, "BN": 256}
+UP8 = {"a": "tensordesc<fp8e4nv[128,128]>", "w": "tensordesc<fp8e4nv[256,128]>", "out": "tensordesc<bf16[128,64]>"}
+UP = {"a": "tensordesc<bf16[128,64]>", "w": "tensordesc<bf16[256,64]>", "out": "tensordesc<bf16[128,64]>"}
+
+
+@pytest.mark.skipif(not TRITON, reason="triton cannot be imported")
+@pytest.mark.parametrize("capability, kernel, types, constants", [
+    *((capability, kernel, dict.fromkeys(("grad_ptr", "grad_t_ptr"), grad), LOSS)
+      for capability, grad in ((80, "*bf16"), (89, "*fp8e5"), (90, "*fp8e5"), (120, "*fp8e5"))
+      for kernel in ("_loss_dense", "_loss_at_targets")),
+    *((capability, "_quantize_transpose", {}, {
+        "DTYPE": dtype, "LIMIT": 448.0, "ASM": word, "BM": 16, "BN": 128})
+      for capability in (89, 90, 120) for dtype, word in (("float8e4nv", "E4M3_WORD"), ("float8e5", "E5M2_WORD"))),
+    (90, "_transpose", {}, {"PACK": 4, "ADD": False, **TURN}),
+    (90, "_transpose", {"src_ptr": "*bf16", "dst_ptr": "*fp32"}, {"PACK": 1, "ADD": True, **TURN}),
+    *((90, "_symmetric_product", {}, {"POLYNOMIAL": bool(trace), "TRACE": trace, "TALL": not trace, "BM": 128,
+                                      "BN": 64, "BK": 64, "STAGES": 5}) for trace in (0, 1024)),
+    (90, "_relu_square_tiles", UP8, {"post": None, "LIMIT": None, "BM": 128, "BN": 256, "BK": 128, "GROUP": 8}),
+    (90, "_relu_square_tiles", {**UP8, "out8": "*fp8e5"}, {"out": None, "amax_ptr": None, "LIMIT": None, "BM": 128,
+                                                          "BN": 256, "BK": 128, "GROUP": 8}),
+    (90, "_relu_square_tiles", UP, {"out8": None, "amax_ptr": None, "scale_ptr": None, "out_scale_ptr": None,
+                                    "post": None, "LIMIT": None, "BM": 128, "BN": 256, "BK": 64, "GROUP": 1}),
+], ids=lambda x: "" if isinstance(x, dict) else str(x))
+def test_the_other_kernels_compile_for_the_gpus_they_run_on_where_none_is(capability, kernel, types, constants):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    tl, function, kinds = tk.tl, getattr(tk, kernel), POINTERS_OF_THE_REST | types
+    constants = {name: getattr(tl, x) if name == "DTYPE" else getattr(tk, x).value if name == "ASM" else x
+                 for name, x in constants.items() if name in {p.name for p in function.params}}
+    signature = {p.name: "constexpr" if p.name in constants else kinds[p.name] for p in function.params}
+    options = {"num_warps": 8, **({"maxnreg": 64} if kernel == "_loss_dense" else {})}
+    compiled = tk.triton.compile(ASTSource(function, signature, constants),
+                                 target=GPUTarget("cuda", capability, 32), options=options)
+    assert "cubin" in compiled.asm
 
 
 def test_every_operation_has_a_row_in_the_table():

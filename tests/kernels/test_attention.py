@@ -84,6 +84,42 @@ def test_borders_of_tiles_documents_and_windows(lengths, window):
     assert_is_reference(lengths, 1, 64, 64, DTYPES[0], window)
 
 
+@pytest.mark.parametrize("window", [60, 500])
+def test_documents_may_begin_at_every_row_of_a_tile(window):
+    """Row by row: a key too many or too few in one row of a tile would be lost in a norm over all."""
+    tensors, where = attention_inputs([129] * tk.TILE, 1, 64, 64, DTYPES[0])
+    dout = torch.randn(len(tensors["v"]), 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    doubles = {name: x if x is None else x.double() for name, x in tensors.items()}
+    expected = differentiate(tk.attention_reference, doubles, where, dout.double(), 1, window, 0.1)
+    found = differentiate(tk.attention, tensors, where, dout, 1, window, 0.1)
+    for name, want in expected.items():
+        error = (found[name].double() - want).norm(dim=1) / want.norm(dim=1).mean()
+        assert error.max() <= 3 * TOLERANCE[DTYPES[0]], f"{name}: row {error.argmax()} is wrong by {error.max():.2e}"
+
+
+@pytest.mark.parametrize("heads, kinds", [(3, {}), (5, {"gated": True, "key_offset": True}), (6, {"paired": True})])
+def test_any_number_of_heads(heads, kinds):
+    assert_is_reference([30, 1, 39], heads, 64, 64, DTYPES[0], 20, rotary=True, **kinds)
+
+
+def test_tensors_may_begin_and_gradients_lie_anywhere():
+    """Descriptors want multiples of 16 bytes: what lies elsewhere is copied."""
+    def moved(x):
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    tensors, where = attention_inputs([20, 1, 49], 2, 64, 64, DTYPES[0], gated=True)
+    dout, args = torch.randn(128).to(DEVICE, DTYPES[0]), (2, 30, 0.1)
+    expected = differentiate(tk.attention, tensors, where, dout.repeat(70, 1), *args)
+    found = differentiate(tk.attention, tensors, where, moved(dout.repeat(70, 1)), *args)
+    spread = differentiate(tk.attention, tensors, where, dout.repeat_interleave(2).repeat(70, 1)[:, ::2], *args)
+    assert all(torch.equal(x, found[name]) and torch.equal(x, spread[name]) for name, x in expected.items())
+    qk, v, gate = (tensors[name] for name in ("qk", "v", "gate"))
+    assert torch.equal(tk.attention(moved(qk), moved(v), where, *args, gate=moved(gate)), expected["out"])
+    one = tk.documents(torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), 1, 1)
+    row = torch.cat((qk[:1], qk[:1, :1]), 1)[:, :-1]  # contiguous, of a row 2 bytes longer
+    assert row.is_contiguous() and torch.equal(tk.attention(row, v[:1], one, *args), v[:1])
+
+
 @pytest.mark.parametrize("kinds", [{}, {"gated": True, "paired": True}], ids=str)
 def test_pairs_and_gates_without_rotation(kinds):
     assert_is_reference([50, 31], 2, 64, 64, DTYPES[0], 25, **kinds)
@@ -107,6 +143,14 @@ def test_float16_holds_what_normed_rows_that_are_alike_give(sign):
     cos = torch.ones(60, 32, device=DEVICE, dtype=torch.float16)
     out = tk.attention(torch.cat((q, sign * q), 1), v, where, 1, 5, 0.1 if sign == 1 else 0.2, cos, 0 * cos)
     assert torch.equal(out, v)
+
+
+def test_normed_rows_that_are_alike_need_the_running_maximum_at_a_large_scale():
+    """Their scores are 128 here, and exp of that leaves float32."""
+    q, v = torch.randn(2, 60, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPES[0])
+    where = tk.documents(torch.arange(61, dtype=torch.int32, device=DEVICE), 1, 60)
+    cos = torch.ones(60, 32, device=DEVICE, dtype=DTYPES[0])
+    assert torch.equal(tk.attention(torch.cat((q, q), 1), v, where, 1, 5, 1.0, cos, 0 * cos), v)
 
 
 def test_the_widest_window_is_all_of_the_documents():

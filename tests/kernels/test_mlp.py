@@ -140,6 +140,37 @@ def test_kernel_linear_quantises_its_output_from_other_dtypes_too():
     assert_close(post8, tk.relu_square_reference(*double(x, w))[0].clamp(max=448))
 
 
+@pytest.mark.parametrize(("dtype", "w_dtype"), [(E4, E4), (E5, E4), (HALF, HALF)])
+def test_kernels_scale_outputs_that_are_not_quantised(dtype, w_dtype):
+    a, w, scale = random(48, 32, dtype=dtype), random(64, 32, dtype=w_dtype), number(0.3)
+    wide = BF16 if dtype in (E4, E5) else dtype
+    if dtype != E5:
+        (post,) = tk.relu_square.kernel(a, w, None, scale)
+        assert post.dtype == wide
+        assert_close(post, tk.relu_square_reference(*double(a, w), None, scale)[0])
+    post = random(48, 64, dtype=wide).relu().square()
+    (dpre,) = tk.relu_square.kernel(a, w, post, scale)
+    assert dpre.dtype == wide
+    assert_close(dpre, tk.relu_square_reference(*double(a, w, post), scale)[0])
+
+
+def test_matrices_may_begin_and_gradients_lie_anywhere():
+    """Descriptors want multiples of 16 bytes: what lies elsewhere is copied."""
+    def moved(x):
+        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+    g, w, post = random(48, 32, dtype=HALF), random(64, 32, dtype=HALF), random(48, 64, dtype=HALF).abs()
+    assert torch.equal(tk.relu_square.kernel(moved(g), moved(w))[0], tk.relu_square.kernel(g, w)[0])
+    (expected,) = tk.relu_square.kernel(g, w, post)
+    assert torch.equal(tk.relu_square.kernel(moved(g), moved(w), moved(post))[0], expected)
+    row = torch.cat((g[:1], g[:1, :1]), 1)[:, :-1]  # contiguous, of a row 2 bytes longer
+    assert torch.equal(tk.relu_square.kernel(row, w)[0], tk.relu_square.kernel(g[:1], w)[0])
+    tensors, row = mlp_case(48, 32, 64, BF16 if CUDA else F32), random(32, dtype=BF16 if CUDA else F32)
+    expected, *others = (gradients(tk.relu_square_mlp, tensors, g)[1] for g in (
+        row.repeat(48, 1), row.expand(48, 32), moved(row.repeat(48, 1))))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(expected, other, strict=True))
+
+
 def small_integers(*shape, low, high):
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, F32)
 
@@ -184,7 +215,8 @@ def test_kernel_backward(t, f, d, dtype):
     check_backward(t, f, d, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "w_dtype", "scale"), [(HALF, HALF, None), (E5, E4, 0.01), (E4, E4, 0.01)])
+@pytest.mark.parametrize(("dtype", "w_dtype", "scale"), [(HALF, HALF, None), (E5, E4, 0.01), (E4, E4, 0.01),
+                                                       (E5, E5, 0.01)])
 @pytest.mark.parametrize(("t", "f", "d"), [(16, 16, 16), (144, 272, 80), *BIG[:1]])
 def test_kernel_backward_with_fp8_outputs(t, f, d, dtype, w_dtype, scale):
     check_backward_fp8_outputs(t, f, d, dtype, w_dtype, scale)
@@ -312,6 +344,15 @@ def test_wrong_arguments_are_named(change, message):
     good = {"a": torch.zeros(4, 8), "w": torch.zeros(6, 8), "post": torch.zeros(4, 6)}
     with pytest.raises(ValueError, match=message):
         tk.relu_square(**(good | change))
+
+
+@pytest.mark.parametrize("function", [tk.relu_square_mlp, tk.relu_square_mlp_reference])
+def test_the_mlp_names_wrong_matrices_wherever_it_runs(function):
+    x, w = torch.zeros(4, 8, device=DEVICE), torch.zeros(16, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"first operand must be \(T, D\).*of shape \(1, 4, 8\)"):
+        function(x[None], w, w)
+    with pytest.raises(ValueError, match=r"w_down must be \(16, 8\).*of shape \(12, 8\)"):
+        function(x, w, w[:12])
 
 
 def test_kernels_name_rows_they_cannot_take():

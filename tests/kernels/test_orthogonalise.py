@@ -19,7 +19,8 @@ runs_kernel = pytest.mark.skipif(not (TRITON and (DEVICE == "cuda" or INTERPRETE
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TOLERANCE = {F64: 1e-12, F32: 1e-5, F16: 1e-2, BF16: 1e-2}
 DTYPES = [F32, F16] if DEVICE == "cpu" else [F32, BF16]
-SHAPES = [(1, 1, 1), (3, 1, 5), (2, 48, 80), (1, 33, 100), (2, 70, 32), (7, 37, 20), (1, 64, 64)]
+SHAPES = [(1, 1, 1), (3, 1, 5), (2, 48, 80), (1, 33, 100), (2, 70, 32), (7, 37, 20), (1, 64, 64),
+          (1, 100, 130)]
 BANKS = [(6, 256, 768), (2, 768, 768), (3, 3072, 768), (1, 768, 768), (5, 768, 768), (11, 3072, 768), (8, 256, 768)]
 
 
