@@ -84,7 +84,7 @@ def test_borders_of_tiles_documents_and_windows(lengths, window):
     assert_is_reference(lengths, 1, 64, 64, DTYPES[0], window)
 
 
-@pytest.mark.parametrize("window", [60, 500])
+@pytest.mark.parametrize("window", [60, 500] if CUDA else [500])
 def test_documents_may_begin_at_every_row_of_a_tile(window):
     """Row by row: a key too many or too few in one row of a tile would be lost in a norm over all."""
     tensors, where = attention_inputs([129] * tk.TILE, 1, 64, 64, DTYPES[0])
@@ -99,7 +99,7 @@ def test_documents_may_begin_at_every_row_of_a_tile(window):
 
 @pytest.mark.parametrize("heads, kinds", [(3, {}), (5, {"gated": True, "key_offset": True}), (6, {"paired": True})])
 def test_any_number_of_heads(heads, kinds):
-    assert_is_reference([30, 1, 39], heads, 64, 64, DTYPES[0], 20, rotary=True, **kinds)
+    assert_is_reference([9, 1, 25], heads, 64, 64, DTYPES[0], 12, rotary=True, **kinds)
 
 
 def test_tensors_may_begin_and_gradients_lie_anywhere():
