@@ -1,8 +1,9 @@
 """Time every kernel against its floor and against PyTorch's way, on this GPU: python -m tests.bench_kernels [word ...]
 
-With words, only families whose name contains one. A time is the median of 25 replays of a CUDA graph, each after the
-second-level cache was overwritten, so launch overhead is in none of the columns and nothing is found in the cache. The
-floor is the larger of bytes / copy rate and operations / matrix rate, both measured first on the same GPU.
+With words, only families whose name contains one. Where flash-attn-4 can be imported, its time too. A time is the
+median of 25 replays of a CUDA graph, each after the second-level cache was overwritten, so launch overhead is in none
+of the columns and nothing is found in the cache. The floor is the larger of bytes / copy rate and operations / matrix
+rate, both measured first on the same GPU.
 """
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     moved: float                # fewest bytes through memory
     flops: float = 0.0
     kind: str = "bf16"          # whose matrix rate bounds it
+    flash4: Callable | None = None
 
 
 def gpu_time(function: Callable, repeats: int = 25) -> float:
@@ -74,8 +76,18 @@ def document_lengths(total: int, longest: int) -> list[int]:
     return lengths
 
 
+def flash_attention_4() -> Callable | None:
+    """Its attention over packed documents, if it is installed."""
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
 def attention_rows() -> Iterator[Row]:
     from torch.nn.attention.varlen import varlen_attn
+    flash = flash_attention_4()
     for widths in ((128, 128), (64, 128), "turned"):
         shapes = ATTENTION if widths != (64, 128) else (ATTENTION[0], ATTENTION[4])
         for tokens, heads, longest, window in shapes:
@@ -108,6 +120,13 @@ def attention_rows() -> Iterator[Row]:
             def library(function=turn if turned else varlen, leaves=leaves, dout=dout):
                 return torch.autograd.grad(function(*leaves), leaves, dout)
 
+            def flash4(leaves=leaves, where=where, window=window, longest=longest, dout=dout):
+                cu = where.cu_seqlens
+                out = flash(*leaves, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
+                            softmax_scale=0.1, causal=True, window_size=(window, 0))
+                out = out[0] if isinstance(out, tuple) else out
+                return torch.autograd.grad(out, leaves, dout.view(out.shape))
+
             starts = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
             pairs = (np.arange(tokens) - np.maximum(starts, np.arange(tokens) - window) + 1).sum()
             name = "attention + QK-norm, rotary, key offset" if turned else "attention"
@@ -115,7 +134,8 @@ def attention_rows() -> Iterator[Row]:
             yield Row(f"{name}, forward + backward",
                       f"{tokens:,} x {heads} heads of {width}/{v_width}, documents {longest}, window {window}", ours,
                       library if width == v_width else None, passes * dout.nbytes,
-                      pairs * heads * 2 * (4 * width + 3 * v_width))
+                      pairs * heads * 2 * (4 * width + 3 * v_width),
+                      flash4=flash4 if flash and not turned and width == v_width else None)
 
 
 def mlp_rows() -> Iterator[Row]:
@@ -217,7 +237,9 @@ def main(words: list[str]) -> None:
     rates = measured_rates()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {tk.triton.__version__}: copy "
           f"{rates['copy'] / 1e12:.2f} TB/s, bf16 {rates['bf16'] / 1e12:.0f} TFLOP/s, fp8 {rates['fp8'] / 1e12:.0f}\n")
-    print("| kernel | shape | us | rate | floor us | ratio | PyTorch us |\n|---|---|---|---|---|---|---|", flush=True)
+    more = flash_attention_4() is not None
+    print("| kernel | shape | us | rate | floor us | ratio | PyTorch us |" + " flash-attn-4 us |" * more
+          + "\n" + "|---" * (7 + more) + "|", flush=True)
     sums = {}
     for rows in (attention_rows, mlp_rows, loss_rows, orthogonalise_rows, layout_rows):
         if words and not any(word in rows.__name__ for word in words):
@@ -225,19 +247,18 @@ def main(words: list[str]) -> None:
         for row in rows():
             floor = 1e6 * max(row.moved / rates["copy"], row.flops / rates[row.kind])
             ours = gpu_time(row.ours)
-            library = gpu_time(row.library) if row.library else float("nan")
+            library, flash4 = (gpu_time(f) if f else float("nan") for f in (row.library, row.flash4))
             rate = f"{row.flops / ours / 1e6:.0f} TFLOP/s" if row.flops / rates[row.kind] > row.moved / rates["copy"] \
                 else f"{row.moved / ours / 1e6:.2f} TB/s"
             print(f"| {row.kernel} | {row.shape} | {ours:.0f} | {rate} | {floor:.0f} | {ours / floor:.2f} | "
-                  f"{library:.0f} |".replace("nan", ""), flush=True)
+                  + f"{library:.0f} |{f' {flash4:.0f} |' * more}".replace("nan", ""), flush=True)
             if "64/" not in row.shape:
-                total = sums.setdefault(row.kernel, [0.0, 0.0, 0])
-                total[0], total[1], total[2] = total[0] + ours, total[1] + library, total[2] + 1
+                sums[row.kernel] = sums.get(row.kernel, np.zeros(4)) + (ours, library, flash4, 1)
             torch.cuda.empty_cache()
-    for kernel, (ours, library, count) in sums.items():
+    for kernel, (ours, library, flash4, count) in sums.items():
         if "attention" in kernel or "rounds" in kernel:
-            print(f"sum of the {count} rows of {kernel}: {ours:.0f} us, PyTorch {library:.0f} us, "
-                  f"{ours / library:.3f} of it")
+            print(f"sum of the {count:.0f} rows of {kernel}: {ours:.0f} us, PyTorch {library:.0f} us, "
+                  f"{ours / library:.3f} of it" + f", flash-attn-4 {flash4:.0f} us" * bool(flash4 > 0))
 
 
 if __name__ == "__main__":

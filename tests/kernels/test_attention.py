@@ -93,7 +93,8 @@ def test_documents_may_begin_at_every_row_of_a_tile(window):
     expected = differentiate(tk.attention_reference, doubles, where, dout.double(), 1, window, 0.1)
     found = differentiate(tk.attention, tensors, where, dout, 1, window, 0.1)
     for name, want in expected.items():
-        error = (found[name].double() - want).norm(dim=1) / want.norm(dim=1).mean()
+        sizes = want.norm(dim=1)  # the first keys of a document have gradients many times the mean
+        error = (found[name].double() - want).norm(dim=1) / sizes.clamp(min=sizes.mean())
         assert error.max() <= 3 * TOLERANCE[DTYPES[0]], f"{name}: row {error.argmax()} is wrong by {error.max():.2e}"
 
 
