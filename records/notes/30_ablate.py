@@ -55,12 +55,38 @@ def fewer_layers(cfg):
     return dataclasses.replace(cfg, shape=cfg.shape._replace(layers=tuple(rows)))
 
 
+def one_sign(cfg):
+    """The bigram table without its signs."""
+    init = t.GPT.__init__
+
+    def made(self, *args, **options):
+        init(self, *args, **options)
+        self.signs.fill_(1)
+    t.GPT.__init__ = made
+    return cfg
+
+
+def every_token_its_own_kind(cfg):
+    read = t.read_token_tables
+
+    def own(cfg):
+        prefix, kind = read(cfg)
+        return prefix, torch.arange(len(kind), dtype=kind.dtype)
+    t.read_token_tables = own
+    return cfg
+
+
 VARIANTS = {
     "whole run": lambda cfg: cfg,  # the preset's own schedule
     "whole run, no skip": lambda cfg: layers(cfg, skip_from=None),
     "whole run, no paired heads": lambda cfg: layers(cfg, paired=False),
     "whole run, no exclusive heads": lambda cfg: layers(cfg, exclusive=False),
+    "whole run, long window at the end": lambda cfg: dataclasses.replace(cfg, final_window=cfg.stages[-1].long),
+    "whole run, no extension": lambda cfg: dataclasses.replace(cfg, steps=cfg.total_steps, extension=0),
     "base": lambda cfg: cfg,
+    "no gates of value embeddings (frozen at 1)": frozen("value_gates"),
+    "no signs of bigrams": one_sign,
+    "no kinds of tokens": every_token_its_own_kind,
     "no value embeddings": lambda cfg: layers(cfg, value_embed=False),
     "no paired heads": lambda cfg: layers(cfg, paired=False),
     "no key offset": lambda cfg: layers(cfg, key_offset=False),
