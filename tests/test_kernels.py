@@ -78,6 +78,19 @@ def test_the_hopper_kernel_compiles_where_no_gpu_is():
         assert instruction in kernel.asm["ptx"]
 
 
+def compiled_for(capability, kernel, kinds, constants, **options):
+    """A kernel's machine code, made where no GPU is. kinds: types of arguments by name; the others are constants."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    function, signature = getattr(tk, kernel), {}
+    constants = {p.name: constants.get(p.name, p.default) for p in function.params
+                 if p.name in constants or p.name not in kinds}
+    for p in function.params:
+        signature[p.name] = "constexpr" if p.name in constants else kinds[p.name]
+    source = ASTSource(function, signature, constants)
+    return tk.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+
+
 POINTERS = dict.fromkeys(("qk_ptr", "q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "gate_ptr", "grad_ptr", "dk_ptr",
                           "dv_ptr"), "*bf16")
 ROTARY_OFF = {"cos_ptr": None, "sin_ptr": None}
@@ -98,21 +111,13 @@ NUMBERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "first_ptr": "*i32", "last_
 @pytest.mark.parametrize("widths", [(64, 128), (128, 64)], ids=str)
 def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, constants, widths):
     """The interpreter runs what the compiler refuses, such as a name of two shapes in two branches."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    function, keys = getattr(tk, kernel), constants.get("KEYS", 32 if kernel == "_attention_dq" else tk.TILE)
+    keys = constants.get("KEYS", 32 if kernel == "_attention_dq" else tk.TILE)
     boxes = {name: f"tensordesc<bf16[{rows},{width}]>" for name, rows, width in (
         ("q_desc", tk.TILE, widths[0]), ("k_desc", keys, widths[0]), ("v_desc", keys, widths[1]),
         ("out_desc", tk.TILE, widths[1]), ("dout_desc", tk.TILE, widths[1]))}
     sums = dict.fromkeys(("lse_desc", "delta_desc"), f"tensordesc<fp32[1,{tk.TILE}]>")
-    constants = {"HEADS": 6, "PARTS": 2, "WIDTH": widths[0], **constants}
-    signature, kinds = {}, POINTERS | NUMBERS | boxes | sums
-    for parameter in function.params:
-        if parameter.name not in kinds:
-            constants.setdefault(parameter.name, widths[1] if parameter.name == "V_WIDTH" else parameter.default)
-        signature[parameter.name] = "constexpr" if parameter.name in constants else kinds[parameter.name]
-    compiled = tk.triton.compile(ASTSource(function, signature, constants), target=GPUTarget("cuda", 90, 32))
-    assert "cubin" in compiled.asm
+    constants = {"HEADS": 6, "PARTS": 2, "WIDTH": widths[0], "V_WIDTH": widths[1], **constants}
+    assert compiled_for(90, kernel, POINTERS | NUMBERS | boxes | sums, constants)
 
 
 POINTERS_OF_THE_REST = {
@@ -145,16 +150,33 @@ UP = {"a": "tensordesc<bf16[128,64]>", "w": "tensordesc<bf16[256,64]>", "out": "
                                     "post": None, "LIMIT": None, "BM": 128, "BN": 256, "BK": 64, "GROUP": 1}),
 ], ids=lambda x: "" if isinstance(x, dict) else str(x))
 def test_the_other_kernels_compile_for_the_gpus_they_run_on_where_none_is(capability, kernel, types, constants):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    tl, function, kinds = tk.tl, getattr(tk, kernel), POINTERS_OF_THE_REST | types
-    constants = {name: getattr(tl, x) if name == "DTYPE" else getattr(tk, x).value if name == "ASM" else x
-                 for name, x in constants.items() if name in {p.name for p in function.params}}
-    signature = {p.name: "constexpr" if p.name in constants else kinds[p.name] for p in function.params}
+    constants = {name: getattr(tk.tl, x) if name == "DTYPE" else getattr(tk, x).value if name == "ASM" else x
+                 for name, x in constants.items()}
     options = {"num_warps": 8, **({"maxnreg": 64} if kernel == "_loss_dense" else {})}
-    compiled = tk.triton.compile(ASTSource(function, signature, constants),
-                                 target=GPUTarget("cuda", capability, 32), options=options)
-    assert "cubin" in compiled.asm
+    assert compiled_for(capability, kernel, POINTERS_OF_THE_REST | types, constants, **options)
+
+
+@pytest.mark.parametrize("flash, cells, said", [
+    (None, "| 10 |", None), (lambda: 30, "| 10 | 30 |", "20 us, PyTorch 20 us, 1.000 of it, flash-attn-4 60 us"),
+    (lambda: 1 / 0, "| 10 |  |", "flash-attn-4 does not do this here: ZeroDivisionError division by zero")])
+def test_the_bench_has_a_column_of_flash_attention_4_where_it_is_installed(monkeypatch, capsys, flash, cells, said):
+    from tests import bench_kernels as bench
+    row = bench.Row("attention", "a shape", lambda: 10, lambda: 10, moved=4e6, flash4=flash)
+    for name in ("mlp_rows", "loss_rows", "orthogonalise_rows", "layout_rows"):
+        monkeypatch.setattr(bench, name, lambda: [])
+    monkeypatch.setattr(bench, "attention_rows", lambda: [row, row])
+    monkeypatch.setattr(bench, "gpu_time", lambda function: float(function()))
+    monkeypatch.setattr(bench, "measured_rates", lambda: dict.fromkeys(("copy", "bf16", "fp8"), 1e12))
+    monkeypatch.setattr(bench, "flash_attention_4", lambda: flash)
+    monkeypatch.setattr(bench.tk, "triton", bench.tk.triton or torch.nn)  # whose version is printed
+    monkeypatch.setattr(bench.tk.triton, "__version__", "3", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    bench.main([])
+    out = capsys.readouterr().out
+    assert out.count(f"| attention | a shape | 10 | 0.40 TB/s | 4 | 2.50 {cells}\n") == 2
+    assert out.count("flash-attn-4") == (0 if flash is None else 2) and (said is None or said in out)
 
 
 def test_every_operation_has_a_row_in_the_table():

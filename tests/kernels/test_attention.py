@@ -136,22 +136,13 @@ def test_large_scores_need_the_running_maximum():
     assert_is_reference([90], 1, 64, 64, DTYPES[1], 50, scale=1.0, rotary=True)
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_float16_holds_what_normed_rows_that_are_alike_give(sign):
-    """Their scores reach scale * width: exp of 12.8 and of -25.6 without the running maximum would leave float16."""
-    q, v = torch.randn(2, 60, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+@pytest.mark.parametrize("dtype, sign, scale", [(torch.float16, 1, 0.1), (torch.float16, -1, 0.2), (DTYPES[0], 1, 1.0)])
+def test_normed_rows_that_are_alike_need_the_running_maximum(dtype, sign, scale):
+    """Their scores reach scale * width: exp of 12.8 and of -25.6 would leave float16, exp of 128 float32."""
+    q, v = torch.randn(2, 60, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     where = tk.documents(torch.arange(61, dtype=torch.int32, device=DEVICE), 1, 60)  # of one token: the output is v
-    cos = torch.ones(60, 32, device=DEVICE, dtype=torch.float16)
-    out = tk.attention(torch.cat((q, sign * q), 1), v, where, 1, 5, 0.1 if sign == 1 else 0.2, cos, 0 * cos)
-    assert torch.equal(out, v)
-
-
-def test_normed_rows_that_are_alike_need_the_running_maximum_at_a_large_scale():
-    """Their scores are 128 here, and exp of that leaves float32."""
-    q, v = torch.randn(2, 60, 128, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPES[0])
-    where = tk.documents(torch.arange(61, dtype=torch.int32, device=DEVICE), 1, 60)
-    cos = torch.ones(60, 32, device=DEVICE, dtype=DTYPES[0])
-    assert torch.equal(tk.attention(torch.cat((q, q), 1), v, where, 1, 5, 1.0, cos, 0 * cos), v)
+    cos = torch.ones(60, 32, device=DEVICE, dtype=dtype)
+    assert torch.equal(tk.attention(torch.cat((q, sign * q), 1), v, where, 1, 5, scale, cos, 0 * cos), v)
 
 
 def test_the_widest_window_is_all_of_the_documents():
