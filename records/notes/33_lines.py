@@ -6,10 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMED = {
-    "value embeddings": r"value_embed|value_layers|value_gates|values = zip|embedded|if value is not|value\[|value = next",
+    "value embeddings": r"value_(embed|layers|gates)|values = zip|embedded|if value is not|value\[|value = next",
     "key offset": r"key_offset|OFFSET",
     "bigrams": r"bigram",
-    "mix of layers before the head": r"final: float|final_lambdas|final_in|final_out|sources = |amounts = |weigh\(amounts",
+    "mix of layers before the head": r"final: float|final_(lambdas|in|out)|sources = |amounts = |weigh\(amounts",
     "reading of layer 7": r"layer\.reads|reads=|\breads: ",
     "tokens' own coefficients": r"mix_in|mix_out|networks|network\b|_mix\b|mix_dim|def mix|gelu",
     "attention gates": r"attn_gates|gate_weight|gate_ptr|gate\)",
