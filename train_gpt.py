@@ -57,7 +57,6 @@ class Layer(NamedTuple):
     exclusive: bool = False       # heads leave out what lies along the token's own V (XSA, arXiv 2603.09078)
     reads: int | None = None      # attention reads the output of an earlier layer (record #77)
     mixes: int | None = None      # V and the stream around both additions mixed with x0 and that output (#81)
-    skip_from: int | None = None  # adds the output of an earlier layer (record #11)
     final: float | None = None    # mixed into the model's output as x0 and value embeddings are; first factor (#81)
 
 
@@ -111,7 +110,7 @@ GPT2_SHAPE = Shape(dim=768, heads=6, head_dim=128, mlp_dim=3072, bigram_rows=377
     Layer("long", exclusive=True, key_offset=True, final=0.0),
     Layer("short", exclusive=True),
     Layer("short", paired=True),
-    Layer("", skip_from=3),
+    Layer(""),
     Layer("short", exclusive=True, final=-0.5),
     Layer("short", value_embed=True),
     Layer("short", exclusive=True),
@@ -127,7 +126,7 @@ GPT2_STAGES = (
 SMOKE_SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=512, bigram_rows=8192, mix_groups=2, layers=(
     Layer("short", paired=True, value_embed=True),
     Layer("long", exclusive=True, key_offset=True),
-    Layer("", skip_from=1, final=-0.5),
+    Layer("", final=-0.5),
     Layer("short", value_embed=True, reads=1, mixes=1),
 ))
 SMOKE_STAGES = (
@@ -154,13 +153,12 @@ SMALL_PARAMS = {  # layers: L all, A attend, E embed values, N mix; H heads, G c
     "bigram_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),  # (L + 1,) the same of the bigram, first at the input
     "attn_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),    # (A, 2) scales of the QKV and the output matrix
     "smear_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),    # ()
-    "skip_lambda": Param("adam", (5.0,), 0.0, (.9, .99)),     # ()
     "final_lambdas": Param("adam", (5.0,), 0.0, (.9, .99)),   # (S,) sources of the last mix
     "smear_gate": Param("adam", (.01,), 0.0, (.9, .99)),      # (G,) gates read the first G channels
     "attn_gates": Param("adam", (1.0,), 1.0, (.9, .99)),      # (A, H, G)
     "value_gates": Param("adam", (1.0,), 1.0, (.9, .99)),     # (E, H, G)
     "mix_in": Param("adam", (.1,), 1.0, (.9, .99)),           # (L, M, D) networks of a token's own coefficients
-    "mix_out": Param("adam", (.1,), 1.0, (.9, .99)),          # (L, 3 + H, M) x0, bigram, skip, exclusion by head
+    "mix_out": Param("adam", (.1,), 1.0, (.9, .99)),          # (L, 2 + H, M) x0, bigram, exclusion by head
     "layer_mix_in": Param("adam", (.25,), 1.0, (.9, .99)),    # (N, M, D) for the N layers that mix
     "layer_mix_out": Param("adam", (.25,), 1.0, (.9, .99)),   # (N, 12, M) V 3; stream before 3, with attention 4, MLP 2
     "final_in": Param("adam", (.25,), 1.0, (.9, .99)),        # (M, D)
@@ -274,7 +272,7 @@ def check_config(cfg: Config) -> None:
          f"profile={cfg.profile} has a validation or checkpoint between its steps: take another, or val_every=0")
     need(not cfg.resume or cfg.trials == 1, f"resume= goes on with one run, not trials={cfg.trials}: leave one out")
     for i, layer in enumerate(cfg.shape.layers):
-        need(layer.window in ("", "short", "long") and {layer.reads, layer.mixes, layer.skip_from} <= {None, *range(i)},
+        need(layer.window in ("", "short", "long") and {layer.reads, layer.mixes} <= {None, *range(i)},
              f"layer {i} has a window other than short and long or names a layer that is not before it: mend {layer}")
     for stage in cfg.stages:
         need(stage.tokens % cfg.slices == 0, f"a batch of {stage.tokens} tokens does not divide into slices="
@@ -501,10 +499,10 @@ def small_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
     sources = 1 + sum(layer.final is not None for layer in shape.layers) + values
     return {
         "resid_lambdas": (layers,), "x0_lambdas": (layers,), "bigram_lambdas": (layers + 1,),
-        "attn_lambdas": (attn, 2), "smear_lambda": (), "skip_lambda": (), "final_lambdas": (sources,),
+        "attn_lambdas": (attn, 2), "smear_lambda": (), "final_lambdas": (sources,),
         "smear_gate": (GATE_CHANNELS,), "attn_gates": (attn, shape.heads, GATE_CHANNELS),
         "value_gates": (values, shape.heads, GATE_CHANNELS),
-        "mix_in": (layers, shape.mix_dim, shape.dim), "mix_out": (layers, 3 + shape.heads, shape.mix_dim),
+        "mix_in": (layers, shape.mix_dim, shape.dim), "mix_out": (layers, 2 + shape.heads, shape.mix_dim),
         "layer_mix_in": (deep, shape.mix_dim, shape.dim), "layer_mix_out": (deep, 12, shape.mix_dim),
         "final_in": (shape.mix_dim, shape.dim), "final_out": (sources * shape.mix_groups, shape.mix_dim),
     }
@@ -574,8 +572,8 @@ class GPT(nn.Module):
         for table in self.value_embeds.split(self.shape.vocab):
             fill(table, deviation=0.01)
         small = unpack(self.small, self.small_shapes)
-        for name, value in (("resid_lambdas", 1.1), ("bigram_lambdas", 0.1), ("skip_lambda", 0.18)):
-            small[name].fill_(value)
+        small["resid_lambdas"].fill_(1.1)
+        small["bigram_lambdas"].fill_(0.1)
         factors = [layer.final for layer in self.shape.layers if layer.final is not None]
         small["final_lambdas"][1:1 + len(factors)] = torch.tensor(factors)
         for name in ("mix_in", "layer_mix_in", "final_in"):
@@ -609,15 +607,13 @@ class GPT(nn.Module):
         outputs = []
         for i, (layer, network) in enumerate(zip(shape.layers, networks, strict=True)):
             h = rms_norm(x if layer.reads is None else outputs[layer.reads])
-            x0_mix, bigram_mix, skip_mix, excluded = mix(h, *network).split((1, 1, 1, shape.heads), 1)
+            x0_mix, bigram_mix, excluded = mix(h, *network).split((1, 1, shape.heads), 1)
             extra = None
             if layer.mixes is not None:
                 by = mix(rms_norm(x), *next(mixers))[..., None].split((3, 3, 4, 2), 1)
                 extra = weigh(by[0], (x0, outputs[layer.mixes], x))
                 x = x + weigh(by[1], (x, x0, outputs[layer.mixes]))
             x = resid[i] * x + (x0_lambdas[i] + x0_mix) * x0 + (bigram_lambdas[i + 1] + bigram_mix) * bigram
-            if layer.skip_from is not None:
-                x = x + (small["skip_lambda"] + skip_mix) * outputs[layer.skip_from]
             value = next(values) if layer.value_embed else None
             if layer.window:
                 y = self.attend(h, layer, next(attn_rows), value, extra, excluded, where, cos, sin, view)

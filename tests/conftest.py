@@ -23,7 +23,7 @@ REFERENCE, _ = triton_kernels.choose((0, 0), torch.float32)  # plain PyTorch thr
 TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_rows=256, mix_dim=8, mix_groups=2, layers=(
     train_gpt.Layer("short", paired=True, exclusive=True, value_embed=True),
     train_gpt.Layer("long", exclusive=True, key_offset=True),
-    train_gpt.Layer("", skip_from=1, final=-0.5),
+    train_gpt.Layer("", final=-0.5),
     train_gpt.Layer("short", exclusive=True, value_embed=True, reads=1, mixes=1),
 ))
 def tables(vocab):

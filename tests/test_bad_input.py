@@ -148,7 +148,7 @@ def test_a_batch_that_does_not_divide_into_the_slices_is_refused(refused, preset
     refused([f"preset={preset}", f"slices={slices}"], f"batch of {tokens} tokens", f"slices={slices}", "take slices=8")
 
 
-@pytest.mark.parametrize("change", [{"window": "wide"}, {"reads": 1}, {"reads": 9}, {"mixes": 2}, {"skip_from": -1}])
+@pytest.mark.parametrize("change", [{"window": "wide"}, {"reads": 1}, {"reads": 9}, {"mixes": 2}, {"mixes": -1}])
 def test_a_layer_that_cannot_work_is_refused_with_its_row(change):
     layers = list(TINY_SHAPE.layers)
     layers[1] = layers[1]._replace(**change)

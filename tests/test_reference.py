@@ -86,14 +86,12 @@ def reference(model, tokens, documents, freqs, view):
             x = (1 + by[3]) * x + by[4] * x0 + by[5] * old
         x = (small["resid_lambdas"][i] * x + (small["x0_lambdas"][i] + own[:, :1]) * x0
              + (small["bigram_lambdas"][i + 1] + own[:, 1:2]) * bigram)
-        if layer.skip_from is not None:
-            x = x + (small["skip_lambda"] + own[:, 2:3]) * outputs[layer.skip_from]
         if layer.window:
             value = model.value_embeds[len(tables) * shape.vocab + tokens] if layer.value_embed else None
             tables += [value] if layer.value_embed else []
             window = {"short": view.short, "long": view.long}[layer.window]
             added = extra if layer.mixes is not None else torch.zeros_like(x)
-            y = attention(h, model, i, layer, value, added, own[:, 3:], documents, window, freqs, view.scale)
+            y = attention(h, model, i, layer, value, added, own[:, 2:], documents, window, freqs, view.scale)
             x = x + y if layer.mixes is None else (1 + by[6]) * x + (1 + by[7]) * y + by[8] * x0 + by[9] * bigram
         y = (norm(x) @ model.mlp_bank[2 * i].t()).clamp_min(0) ** 2 @ model.mlp_bank[2 * i + 1]
         x = x + y if layer.mixes is None else (1 + by[10]) * x + (1 + by[11]) * y
@@ -154,4 +152,4 @@ def test_initial_weights_have_the_records_scales():
         assert small[name].std().item() == pytest.approx(128 ** -0.5 / 3 ** 0.5, rel=0.02)
     zeros = ("mix_out", "layer_mix_out", "final_out", "x0_lambdas", "attn_gates", "value_gates")
     assert not any(small[name].any() for name in zeros)
-    assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3 and small["skip_lambda"].item() == pytest.approx(0.18)
+    assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3 and small["bigram_lambdas"].tolist() == pytest.approx([0.1] * 5)

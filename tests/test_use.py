@@ -163,7 +163,7 @@ def test_settings_that_no_trainer_takes_get_one_sentence(ckpt, tmp_path):
     layers = config["shape"]["layers"]
     for change in ({"steps": "12"}, {"stages": ()}, {"token_tables": "nope.npz"},
                    {"shape": config["shape"] | {"dim": "x"}},
-                   {"shape": config["shape"] | {"layers": (layers[0] | {"skip_from": "short"}, *layers[1:])}}):
+                   {"shape": config["shape"] | {"layers": (layers[0] | {"reads": "short"}, *layers[1:])}}):
         write_checkpoint(tmp_path / "changed.pt", {**contents, "config": config | change})
         with pytest.raises(UserError):
             sample.open_model(sample.Options(ckpt=str(tmp_path / "changed.pt"), device="cpu"))

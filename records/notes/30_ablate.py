@@ -3,7 +3,8 @@
     python records/notes/30_ablate.py WORKERS NAME ...     NAMEs of VARIANTS, or all
 
 Each variant is a process that compiles beside others, then trains alone on the GPU (a lock), `SEEDS` times. One line a
-run: name, seed, loss, seconds. A log each under records/runs_ablate. With SMOKE=1 the smoke preset's tables, on a CPU.
+run: name, seed, loss, seconds; of whole runs also the loss without the longer window at the end. A log each under
+records/runs_ablate. With SMOKE=1 the smoke preset's tables, on a CPU.
 """
 import dataclasses
 import fcntl
@@ -78,10 +79,9 @@ def every_token_its_own_kind(cfg):
 
 VARIANTS = {
     "whole run": lambda cfg: cfg,  # the preset's own schedule
-    "whole run, no skip": lambda cfg: layers(cfg, skip_from=None),
     "whole run, no paired heads": lambda cfg: layers(cfg, paired=False),
     "whole run, no exclusive heads": lambda cfg: layers(cfg, exclusive=False),
-    "whole run, long window at the end": lambda cfg: dataclasses.replace(cfg, final_window=cfg.stages[-1].long),
+    "whole run, no smear (frozen)": frozen("smear_lambda"),
     "whole run, no extension": lambda cfg: dataclasses.replace(cfg, steps=cfg.total_steps, extension=0),
     "base": lambda cfg: cfg,
     "no gates of value embeddings (frozen at 1)": frozen("value_gates"),
@@ -91,7 +91,6 @@ VARIANTS = {
     "no paired heads": lambda cfg: layers(cfg, paired=False),
     "no key offset": lambda cfg: layers(cfg, key_offset=False),
     "no exclusive heads": lambda cfg: layers(cfg, exclusive=False),
-    "no skip": lambda cfg: layers(cfg, skip_from=None),
     "no reading of layer 7": lambda cfg: layers(cfg, reads=None),
     "no mixing into the last layer": lambda cfg: layers(cfg, mixes=None),
     "no mix of layers before the head": lambda cfg: layers(cfg, final=None),
@@ -131,6 +130,9 @@ def one(name: str, lock: str) -> None:
             runtime.finish_log(log, clock, console, result)
             print(f"{name} | {seed} | {result['val_loss']:.4f} | {result['train_time_ms'] / 1000:.2f} s | "
                   f"{result['peak_memory_allocated_mib']} MiB", flush=True)
+            if name.startswith("whole run") and cfg.extension:  # step 444's view of the weights: compiled, other window
+                print(f"    with the last stage's long window, {cfg.stages[-1].long}, in place of {cfg.final_window}: "
+                      f"{trainer.evaluate(cfg.total_steps - 1, validation):.4f}", flush=True)
 
 
 def main(argv: list[str]) -> None:

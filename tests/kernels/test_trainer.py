@@ -14,7 +14,7 @@ KERNELS = tk.Kernels(tk.attention, tk.relu_square_mlp, tk.softcapped_cross_entro
 SHAPE = Shape(dim=128, heads=2, head_dim=64, mlp_dim=128, bigram_rows=256, mix_groups=2, layers=(
     Layer("short", paired=True, value_embed=True),
     Layer("long", exclusive=True, key_offset=True),
-    Layer("", skip_from=1, final=-0.5),
+    Layer("", final=-0.5),
     Layer("short", exclusive=True, value_embed=True, reads=1, mixes=1),
 ))
 
