@@ -152,4 +152,5 @@ def test_initial_weights_have_the_records_scales():
         assert small[name].std().item() == pytest.approx(128 ** -0.5 / 3 ** 0.5, rel=0.02)
     zeros = ("mix_out", "layer_mix_out", "final_out", "x0_lambdas", "attn_gates", "value_gates")
     assert not any(small[name].any() for name in zeros)
-    assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3 and small["bigram_lambdas"].tolist() == pytest.approx([0.1] * 5)
+    assert small["attn_lambdas"].tolist() == [[0.5, 1.0]] * 3
+    assert small["bigram_lambdas"].tolist() == pytest.approx([0.1] * 5)
