@@ -2,9 +2,9 @@
 
 A section has its equation, shapes, dtypes and sources; NAME_reference, of the same arguments; the kernels; and NAME,
 its public function. A shape, layout, device or dtype that a section does not list raises ValueError. `choose`, the last
-section, picks a run's functions for its GPU. Measured times: records/NOTES.md (9: norms and residual mixing are no
-faster by hand, so torch.compile has them). The file imports without Triton. Under TRITON_INTERPRET=1, set before triton
-is first imported, the operators take CPU tensors for tests, but no bf16, and their rounding to FP8 is wrong.
+section, picks a run's functions for its GPU (NAME alone launches on any, the current one). Measured: records/NOTES.md
+(9: norms and residual mixing by hand took 3% more to 7% less; torch.compile has them). It imports without Triton. Under
+TRITON_INTERPRET=1, set before triton is imported, operators take CPU tensors, but no bf16, and round to FP8 wrongly.
 """
 import functools
 import os
@@ -147,7 +147,7 @@ def attention_reference(qk: Tensor, v: Tensor, documents: Documents, heads: int,
                         paired: bool = False, key_offset: bool = False, block: int = 512,
                         softmax: Callable = softmax_by_blocks) -> Tensor:
     """The definition. softmax gets q, k (rows, H', W) and v (rows, H', V) and returns (rows, H', V)."""
-    _check_attention(qk, v, heads, window, scale, cos, sin, gate, paired, key_offset)
+    _check_attention(qk, v, documents.first, documents.last, heads, window, scale, cos, sin, gate, paired, key_offset)
     parts = 1 + paired
     q, k, v = (x.reshape(len(x) * parts, heads // parts, -1) for x in (*qk.chunk(2, dim=1), v))
     if cos is not None:
@@ -168,19 +168,21 @@ def attention_library(*args, **options) -> Tensor:
     return attention_reference(*args, **options, softmax=softmax)
 
 
-def _check_attention(qk, v, heads, window, scale, cos, sin, gate, paired, key_offset) -> None:
+def _check_attention(qk, v, first, last, heads, window, scale, cos, sin, gate, paired, key_offset) -> None:
     if heads < 1 or paired and heads % 2:
         raise ValueError(f"there are {heads} heads: take 1 or more, and an even number to pair them.")
     if not (0 <= window <= 2**30 and 0 < scale < float("inf")):
         raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and more than 0.")
     if (cos is None) != (sin is None) or key_offset and cos is None:
         raise ValueError("cos and sin are a pair, and key_offset needs them: pass both.")
-    whole = qk.ndim == 2 and 0 not in qk.shape and qk.size(1) % (2 * heads) == 0
-    _expect("qk", qk, whole, f"(T, 2 * {heads} * W), not 0", (qk.dtype,))
+    whole = qk.ndim == 2 and 0 not in qk.shape and qk.size(1) % (2 * heads * (1 if cos is None else 4)) == 0
+    _expect("qk", qk, whole, f"(T, 2 * {heads} * W), not 0, W with cos a multiple of 4", (qk.dtype,))
     tokens, rows, width = len(qk), len(qk) * (1 + paired), qk.size(1) // (2 * heads)
     whole = v.ndim == 2 and len(v) == tokens and v.size(1) % heads == 0
     _expect("v", v, whole, f"({tokens}, {heads} * V)", (qk.dtype,), qk.device)
-    cos, sin = (x if x is None else x[:rows] for x in (cos, sin))  # they may be longer
+    for x in (first, last):
+        _expect("what documents made", x, x.shape == (tokens,), (tokens,), (torch.int32,), qk.device)
+    cos, sin = (x if x is None or x.ndim == 0 else x[:rows] for x in (cos, sin))  # they may be longer
     for name, x, shape in (("gate", gate, (tokens, heads)), ("start of cos", cos, (rows, width // 4)),
                            ("start of sin", sin, (rows, width // 4))):
         _expect(name, x, x is None or x.shape == shape, shape, (qk.dtype,), qk.device)
@@ -401,14 +403,12 @@ def _attention(qk: Tensor, v: Tensor, first: Tensor, last: Tensor, heads: int, w
 @_attention.register_fake
 def _attention_outputs(qk, v, first, last, heads, window, scale, cos=None, sin=None, gate=None, paired=False,
                        key_offset=False):
-    _check_attention(qk, v, heads, window, scale, cos, sin, gate, paired, key_offset)
+    _check_attention(qk, v, first, last, heads, window, scale, cos, sin, gate, paired, key_offset)
     widths, tokens, parts = (qk.size(1) // (2 * heads), v.size(1) // heads), len(qk), 1 + paired
     if not all(width == 64 or width == 128 for width in widths):
         raise ValueError(f"the widths of Q/K and V are {widths[0]} and {widths[1]}: each must be 64 or 128.")
     if qk.dtype not in (torch.bfloat16, torch.float16) and (qk.is_cuda or qk.dtype != torch.float32):
         raise ValueError(f"qk is {qk.dtype}: convert it to bfloat16 or float16.")
-    for x in (first, last):
-        _expect("what documents made", x, x.shape == (tokens,), (tokens,), (torch.int32,), qk.device)
     lse = qk.new_empty(heads // parts, -(-tokens * parts // TILE) * TILE, dtype=torch.float32)
     q, k = (qk.new_empty(tokens if paired or cos is not None else 0, heads * widths[0]) for _ in range(2))
     return torch.empty_like(v), lse, q, k
@@ -459,9 +459,8 @@ _attention.register_autograd(_attention_gradients, setup_context=_attention_save
 
 def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> Tensor:
     """attention_reference, with its arguments but the last two, by the kernels on a GPU and by itself elsewhere."""
-    if not kernels_available(qk.device):
-        return attention_reference(qk, v, documents, *args, **options)
-    return _attention(qk, v, documents.first, documents.last, *args, **options)[0]
+    return (_attention(qk, v, documents.first, documents.last, *args, **options)[0] if kernels_available(qk.device)
+            else attention_reference(qk, v, documents, *args, **options))
 
 
 # --- The MLP's matrix products with ReLU^2 ----------------------------------------------------------------------------
@@ -470,7 +469,7 @@ def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> 
 # a     (T, D)   bf16, fp16, fp32 (not with out_scale) or FP8 (the reference: any)  input x, or gradient g of the output
 # w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
 # post  (T, F)   a's dtype, bf16 for FP8; None: forward
-# scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1                                  product of FP8 operands' scales
+# scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1  (squared after x W': below 1e19)  product of FP8 operands' scales
 # post8 (T, F)   and, transposed, post8_t (F, T), e4m3, saturated at 448             with out_scale (), fp32 from 1e-30
 # amax  (n,)     fp32, one maximum a program, where no NaN is; with post8            for the next step's out_scale
 # dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
@@ -668,7 +667,7 @@ def _relu_square_outputs(a, w, post=None, scale=None, out_scale=None, transposed
 def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor | None = None,
                 out_scale: Tensor | None = None, transposed: bool = False) -> list[Tensor]:
     """Forward, without post: [post], with out_scale [post, post8, amax], transposed [post, post8, amax, post8_t].
-    Backward, with post: [dpre], with out_scale [dpre8], transposed [dpre8, dpre8_t]."""
+    Backward, with post: [dpre], with out_scale [dpre8], transposed [dpre8, dpre8_t]: only with out_scale is any."""
     outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, post, scale, out_scale, transposed)
     for t in (a, w, post, out, out8, out8_t):
         if t is not None and t.shape[1] * t.itemsize % 16:
@@ -702,6 +701,7 @@ class ReluSquareMLP(torch.autograd.Function):
         return post @ w_down
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, w_up, w_down, post = ctx.saved_tensors
         (dpre,) = relu_square(g := g.contiguous(), w_down, post)
@@ -709,7 +709,7 @@ class ReluSquareMLP(torch.autograd.Function):
 
 
 def relu_square_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """relu(x w_up')^2 w_down for x (T, D), w_up and w_down (F, D): (T, D), differentiable."""
+    """relu(x w_up')^2 w_down for x (T, D), w_up and w_down, two tensors of (F, D): (T, D), differentiable (once)."""
     _check_relu_square(x, w_up, None)
     _expect("w_down", w_down, w_down.shape == w_up.shape, tuple(w_up.shape), (x.dtype,), x.device)
     return (x @ w_up.t()).relu().square() @ w_down
@@ -732,7 +732,7 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
 #
 # Terms with a target of -1 are left out: so the loss over a sample of the vocabulary is this one, of the sample's
 # columns and candidate_positions(targets, ...). grad goes into the backward pass of what made the logits.
-# bf16 logits go through the GPU's tanh, of a relative error, 2^-11, below their own, 2^-9; others keep fp32's.
+# bf16 logits go through the GPU's tanh, off by 2^-11, less than their own 2^-9; others keep fp32's: losses to 1e-6.
 # Sources: the softcap of Gemma 2 (arXiv 2408.00118), a sigmoid in modded-nanogpt's record #54; multi-token prediction
 # (Gloeckle et al. 2024, 2404.19737) by one output head, #53; loss and gradient in one kernel, #60 and #79.
 

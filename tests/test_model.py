@@ -69,8 +69,9 @@ def tiny_config_of(head_dim: int) -> train_gpt.Config:
 def test_shifted_keys_carry_the_still_half_of_the_token_before():
     torch.manual_seed(0)
     qk, v, cos, sin = torch.randn(3, 2 * 2 * 4), torch.randn(3, 2 * 4), torch.ones(3, 1), torch.zeros(3, 1)
+    where = triton_kernels.documents(torch.tensor([0, 3], dtype=torch.int32), 3, 3)
     k, shifted = (triton_kernels.attention_reference(
-        qk, v, None, 2, 1, 1.0, cos, sin, key_offset=offset, softmax=lambda q, k, *_: k).view(3, 2, 4)
+        qk, v, where, 2, 1, 1.0, cos, sin, key_offset=offset, softmax=lambda q, k, *_: k).view(3, 2, 4)
         for offset in (False, True))
     assert torch.equal(shifted[..., :2], k[..., :2])
     assert torch.equal(shifted[1:, :, 2:], k[:-1, :, 2:]) and torch.equal(shifted[0], k[0])
