@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import moved
 
 import triton_kernels as tk
 
@@ -105,9 +106,6 @@ def test_any_number_of_heads(heads, kinds):
 
 def test_tensors_may_begin_and_gradients_lie_anywhere():
     """Descriptors want multiples of 16 bytes: what lies elsewhere is copied."""
-    def moved(x):
-        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
-
     tensors, where = attention_inputs([20, 1, 49], 2, 64, 64, DTYPES[0], gated=True)
     dout, args = torch.randn(128).to(DEVICE, DTYPES[0]), (2, 30, 0.1)
     expected = differentiate(tk.attention, tensors, where, dout.repeat(70, 1), *args)

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import moved
 
 import triton_kernels as tk
 
@@ -65,7 +66,7 @@ def check_linear_fp8(t, f, d, transposed, seed=0):
     assert (post.dtype, post8.dtype) == (BF16, E4)
     assert_close(post, exact)
     assert_close(post8, exact.clamp(max=448 * 0.013) / 0.013)
-    if CUDA:  # but where post's own rounding moves it over a border, 2% of all; out_scale wrong by 3% moves a quarter
+    if CUDA:  # but 1% of all, where post's own rounding crosses a border; out_scale wrong by 3% moves 17% (34_codes.py)
         assert (post8.float() == (post.float() / 0.013).clamp(max=448).to(E4).float()).double().mean() > 0.95
     assert amax.max() == post.max()
     assert len(rest) == transposed
@@ -158,9 +159,6 @@ def test_kernels_scale_outputs_that_are_not_quantised(dtype, w_dtype):
 
 def test_matrices_may_begin_and_gradients_lie_anywhere():
     """Descriptors want multiples of 16 bytes: what lies elsewhere is copied."""
-    def moved(x):
-        return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
-
     g, w, post = random(48, 32, dtype=HALF), random(64, 32, dtype=HALF), random(48, 64, dtype=HALF).abs()
     assert torch.equal(tk.relu_square.kernel(moved(g), moved(w))[0], tk.relu_square.kernel(g, w)[0])
     (expected,) = tk.relu_square.kernel(g, w, post)
