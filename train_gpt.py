@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import runtime
 import triton_kernels
 from runtime import Checkpoints, Clock, Console, Log, Profile, UserError, World, knob
-from triton_kernels import Kernels, documents
+from triton_kernels import Kernels, documents, fp8_matmul
 
 ROOT = Path(__file__).resolve().parent  # paths count from here
 FILES = ("train_gpt.py", "triton_kernels.py", "runtime.py")
@@ -192,7 +192,7 @@ class Config:
     profile: int = knob(0, "step from which two are profiled: a Chrome trace beside the log, a table in it; 0: none")
     slices: int = knob(8, "slices (micro-batches) a step; 16 halves their memory and moves where documents are cut")
     dtype: str = knob("auto", "auto (bfloat16 on a GPU, float32 else), bfloat16, float32 or float64")
-    fp8: str = knob("auto", "FP8 head: auto (compute capability 8.9 and up), on or off")
+    fp8: str = knob("auto", "FP8 in head (compute capability 8.9 and up) and MLP (9.0): auto, on or off")
     kernels: str = knob("auto", "auto (triton_kernels.py where the GPU can), library (PyTorch's) or reference")
     compile: str = knob("auto", "torch.compile: auto (on a GPU), on or off")
     lr_normuon: float = knob(0.023, "learning rate of the matrices")
@@ -423,15 +423,10 @@ def exclude(y: Tensor, v: Tensor, amount: Tensor) -> Tensor:
     return y - (torch.tanh(amount) * along)[..., None] * v
 
 
-# Scales of the FP8 head, by hand (record #51): stored = value / scale. Inputs are RMS-normed, so |x| < 28.
+# Scales of FP8, by hand: stored = value / scale. Inputs are RMS-normed, so |x| < 28. The head's: record #51. The MLP's
+# six products in FP8 take 10% off a stage, for 35 lines (records #84, #89, #92; NOTES.md, 35).
 FP8_X, FP8_W, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
-
-
-def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor | float, scale_b: float, fast: bool) -> Tensor:
-    """(M, K) row-major @ (K, N) column-major, both FP8, to bfloat16. Gradients need the slower, exact accumulation."""
-    scales = [torch.as_tensor(s, dtype=torch.float32, device=a.device) if isinstance(s, Tensor)
-              else torch.full((), s, dtype=torch.float32, device=a.device) for s in (scale_a, scale_b)]
-    return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+FP8_MLP = 28 / 448, 2 / 448, 4.0, 2.0**-10, 2.0**-10  # x, matrices, hidden layer; gradients of output and hidden layer
 
 
 class HeadLoss(torch.autograd.Function):
@@ -580,8 +575,9 @@ class GPT(nn.Module):
             fill(small[name], bound=self.shape.dim ** -0.5)
         small["attn_lambdas"].copy_(torch.tensor([0.5, 1.0]).expand(len(self.shape.attn_layers), 2))
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View) -> Tensor:
-        """Packed documents to RMS-normed hidden states.
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View,
+                fp8: bool = False) -> Tensor:
+        """Packed documents to RMS-normed hidden states; fp8: the MLPs' products in FP8, where their kernels run.
 
         tokens: (T,) int32; cu_seqlens: (N + 1,) int32 document starts, padded with T; cos, sin: (at least 2T,
         head_dim / 4); out: (T, dim)."""
@@ -618,7 +614,7 @@ class GPT(nn.Module):
             if layer.window:
                 y = self.attend(h, layer, next(attn_rows), value, extra, excluded, where, cos, sin, view)
                 x = x + y if extra is None else x + y + weigh(by[2], (x, y, x0, bigram))
-            y = self.kernels.mlp(rms_norm(x), mlp_rows[2 * i], mlp_rows[2 * i + 1])
+            y = self.kernels.mlp(rms_norm(x), mlp_rows[2 * i], mlp_rows[2 * i + 1], FP8_MLP * fp8)
             x = x + y if extra is None else x + y + weigh(by[3], (x, y))
             outputs.append(x)
 
@@ -648,7 +644,7 @@ class GPT(nn.Module):
 def slice_loss(model: GPT, tokens: Tensor, cu_seqlens: Tensor, max_doc: int, cos: Tensor, sin: Tensor, view: View,
                weights: Tensor, fp8: bool) -> Tensor:
     """Training loss of one slice, summed over its tokens. tokens: (T + 1,) int32; weights: (K,) float32."""
-    x, w = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view), model.head
+    x, w = model(tokens[:-1], cu_seqlens, max_doc, cos, sin, view, fp8), model.head
     prefix = model.prefixes[tokens[1:]] if view.prefix else None
     targets = triton_kernels.further_targets(tokens[1:], len(weights) - view.prefix, prefix)
     if view.sample:
@@ -1182,6 +1178,7 @@ class Trainer:
         """Batch arithmetic and what this machine switches, for the console and the log."""
         cfg, share, ends = self.cfg, self.cfg.slices // self.world.size, stage_ends(self.cfg)
         dtype = str(self.dtype).removeprefix("torch.")
+        mlp = "fp8" if self.fp8 and self.kinds["mlp"] == "kernel" else dtype
         gradients = [self.optimizer.sums.get(name, p) for name, p in self.optimizer.params.items()]
         gpu = [f"memory: {runtime.expected_memory(cfg, [*self.state().values(), *gradients]):,} MiB expected",
                f"speed: {runtime.product_rate(self.world.device):.0f} TFLOP/s in an 8192-cubed bfloat16 product"
@@ -1194,7 +1191,7 @@ class Trainer:
         return [*rows,
                 f"data: {plan.tokens:,} training tokens from {plan.shards} shard(s), {cfg.val_tokens:,} for validation",
                 f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters, {dtype}, head "
-                f"{'fp8' if self.fp8 else dtype}, torch.compile {'on' if self.compiled else 'off'}",
+                f"{'fp8' if self.fp8 else dtype}, MLP {mlp}, torch.compile {'on' if self.compiled else 'off'}",
                 "operations: " + ", ".join(f"{name} {kind}" for name, kind in self.kinds.items()), *gpu]
 
     def reset(self, seed: int) -> None:
@@ -1355,7 +1352,7 @@ def choose_fp8(cfg: Config, capability: tuple[int, int], dtype: torch.dtype) -> 
 
 
 def choose(cfg: Config, device: torch.device) -> tuple[torch.dtype, Kernels, dict[str, str], bool]:
-    """dtype, kernels, their kinds and FP8 head on this device. Raises UserError for what it cannot do."""
+    """dtype, kernels, their kinds and whether FP8 is used on this device. Raises UserError for what it cannot do."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     dtype = choose_dtype(cfg, capability)
     return dtype, *choose_kernels(cfg, capability, dtype), choose_fp8(cfg, capability, dtype)

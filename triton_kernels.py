@@ -468,10 +468,10 @@ def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> 
 #     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / out_scale)
 # a     (T, D)   bf16, fp16, fp32 (not with out_scale) or FP8 (the reference: any)  input x, or gradient g of the output
 # w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
-# post  (T, F)   a's dtype, bf16 for FP8; None: forward
+# post  (T, F)   a's dtype, bf16 for FP8, backward also e4m3; None: forward
 # scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1  (squared after x W': below 1e19)  product of FP8 operands' scales
 # post8 (T, F)   and, transposed, post8_t (F, T), e4m3, saturated at 448             with out_scale (), fp32 from 1e-30
-# amax  (n,)     fp32, one maximum a program, where no NaN is; with post8            for the next step's out_scale
+# amax  (n,)     fp32, a maximum a program, not rounded, where no NaN is; with post8 for the next step's out_scale
 # dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
 #
 # Arithmetic is fp32, each output rounded once; FP8 products accumulate at the tensor cores' own precision, on Hopper
@@ -489,7 +489,8 @@ def _check_relu_square(a, w, post, *scales) -> torch.dtype:
     _expect("the first operand", a, a.ndim == 2 and 0 not in a.shape, "(T, D), neither of them 0",
             (*FLOATS, torch.float64, *fp8))
     _expect("w", w, w.ndim == 2 and len(w) > 0 and w.shape[1] == a.shape[1], f"(F, {a.shape[1]})", few, a.device)
-    _expect("post", post, post is None or post.shape == (len(a), len(w)), (len(a), len(w)), (wide,), a.device)
+    _expect("post", post, post is None or post.shape == (len(a), len(w)), (len(a), len(w)),
+            (wide, E4M3) if a.dtype in fp8 else (wide,), a.device)
     for scale in scales:
         _expect("a scale", scale, scale is None or scale.numel() == 1, "one number", (torch.float32,), a.device)
     return wide
@@ -506,7 +507,7 @@ def relu_square_reference(a, w, post=None, scale=None, out_scale=None, transpose
         return [out]
     fp8, limit = (E4M3, E4M3_MAX) if forward else (E5M2, E5M2_MAX)
     out8 = (wide / out_scale).clamp(-limit, limit).to(fp8)
-    outputs = [out, out8, out.max().float().reshape(1)] if forward else [out8]
+    outputs = [out] * (not transposed) + [out8, wide.max().float().reshape(1)] if forward else [out8]
     return outputs + [out8.t().contiguous()] * transposed
 
 
@@ -552,7 +553,7 @@ def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr
                 tl.store(out8 + offsets, value.to(out8.dtype.element_ty), mask=inside)
     if amax_ptr is not None:
         top = 2.0 * tl.max(largest)
-        tl.store(amax_ptr + tl.program_id(0), (top * top * factor).to(out.dtype).to(tl.float32))
+        tl.store(amax_ptr + tl.program_id(0), top * top * factor)
 
 
 # The same backward product on Hopper in Gluon, Triton's lower level, for bf16: a warp loads, and of two groups of four
@@ -657,7 +658,7 @@ def _relu_square_outputs(a, w, post=None, scale=None, out_scale=None, transposed
     """[post or dpre, its FP8 copy, amax, the copy transposed]: None for what the mode has not."""
     wide, forward, scaled = _check_relu_square(a, w, post, scale, out_scale), post is None, out_scale is not None
     shape, fp8 = (len(a), len(w)), E4M3 if forward else E5M2
-    return [a.new_empty(shape, dtype=wide) if forward or not scaled else None,
+    return [a.new_empty(shape, dtype=wide) if not scaled or forward and not transposed else None,
             a.new_empty(shape, dtype=fp8) if scaled else None,
             a.new_empty(_multiprocessors(a), dtype=torch.float32) if scaled and forward else None,
             a.new_empty(shape[::-1], dtype=fp8) if scaled and transposed else None]
@@ -666,7 +667,7 @@ def _relu_square_outputs(a, w, post=None, scale=None, out_scale=None, transposed
 @operation(relu_square_reference, outputs=lambda *args: [t for t in _relu_square_outputs(*args) if t is not None])
 def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor | None = None,
                 out_scale: Tensor | None = None, transposed: bool = False) -> list[Tensor]:
-    """Forward, without post: [post], with out_scale [post, post8, amax], transposed [post, post8, amax, post8_t].
+    """Forward, without post: [post], with out_scale [post, post8, amax], transposed [post8, amax, post8_t].
     Backward, with post: [dpre], with out_scale [dpre8], transposed [dpre8, dpre8_t]: only with out_scale is any."""
     outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, post, scale, out_scale, transposed)
     for t in (a, w, post, out, out8, out8_t):
@@ -693,32 +694,64 @@ def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor 
     return [t for t in outputs if t is not None]
 
 
+def _number(like: Tensor, value: Tensor | float) -> Tensor:
+    return value if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float32)
+
+
+def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor | float, scale_b: float, fast: bool = False) -> Tensor:
+    """(M, K) row-major @ (K, N) column-major, both FP8, to bf16. Gradients need the slower, exact accumulation."""
+    scales = _number(a, scale_a), _number(a, scale_b)
+    return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+
 class ReluSquareMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w_up, w_down):
-        (post,) = relu_square(x, w_up)
-        ctx.save_for_backward(x, w_up, w_down, post)
-        return post @ w_down
+    def forward(ctx, x, w_up, w_down, scales):
+        ctx.scales = scales
+        if not scales:
+            (post,) = relu_square(x, w_up)
+            ctx.save_for_backward(x, w_up, w_down, post)
+            return post @ w_down
+        by_x, by_w, by_post, *_ = scales
+        (x, x_t), (up, up_t), (down, down_t) = (
+            quantize_transpose(t, _number(t, by), E4M3) for t, by in ((x, by_x), (w_up, by_w), (w_down, by_w)))
+        post, _, post_t = relu_square(x, up, None, _number(x, by_x * by_w), _number(x, by_post), True)
+        ctx.save_for_backward(x_t, up_t, down, post, post_t)
+        return fp8_matmul(post, down_t.t(), by_post, by_w, fast=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        x, w_up, w_down, post = ctx.saved_tensors
-        (dpre,) = relu_square(g := g.contiguous(), w_down, post)
-        return dpre @ w_up, dpre.t() @ x, post.t() @ g
+        (x, up, down, post, *turned), g = ctx.saved_tensors, g.contiguous()
+        if not turned:  # bf16
+            (dpre,) = relu_square(g, down, post)
+            return dpre @ up, dpre.t() @ x, post.t() @ g, None
+        by_x, by_w, by_post, by_g, by_dpre = ctx.scales
+        g, g_t = quantize_transpose(g, _number(g, by_g), E5M2)
+        dpre, dpre_t = relu_square(g, down, post, _number(g, by_g * by_w * by_post**0.5), _number(g, by_dpre), True)
+        return (fp8_matmul(dpre, up.t(), by_dpre, by_w), fp8_matmul(dpre_t, x.t(), by_dpre, by_x),
+                fp8_matmul(turned[0], g_t.t(), by_post, by_g), None)
 
 
-def relu_square_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """relu(x w_up')^2 w_down for x (T, D), w_up and w_down, two tensors of (F, D): (T, D), differentiable (once)."""
+def _check_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float]) -> None:
     _check_relu_square(x, w_up, None)
     _expect("w_down", w_down, w_down.shape == w_up.shape, tuple(w_up.shape), (x.dtype,), x.device)
+    if len(scales) not in (0, 5):
+        raise ValueError(f"scales are {scales}: pass five, of x, the matrices, post and the two gradients, or none.")
+
+
+def relu_square_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float] = ()) -> Tensor:
+    """relu(x w_up')^2 w_down for x (T, D), w_up and w_down, two tensors of (F, D): (T, D), differentiable (once).
+    scales: what FP8 divides x, the matrices, post, the output's gradient and dpre by; here nothing is rounded."""
+    _check_mlp(x, w_up, w_down, scales)
     return (x @ w_up.t()).relu().square() @ w_down
 
 
-def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """As relu_square_mlp_reference, by the two kernels on a GPU; of the hidden layer only post is kept for backward."""
-    _expect("w_down", w_down, w_down.shape == w_up.shape, tuple(w_up.shape), (x.dtype,), x.device)
-    return ReluSquareMLP.apply(x, w_up, w_down)
+def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float] = ()) -> Tensor:
+    """As relu_square_mlp_reference, by the two kernels on a GPU; of the hidden layer only post is kept for backward.
+    With scales all six products are in FP8, to bf16 (T, D and F multiples of 16)."""
+    _check_mlp(x, w_up, w_down, scales)
+    return ReluSquareMLP.apply(x, w_up, w_down, scales)
 
 
 # --- Softcapped, multi-token cross-entropy with its gradient ----------------------------------------------------------

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton_kernels as tk  # noqa: E402
 
+FP8_MLP = 1 / 16, 1 / 224, 4.0, 2.0**-6, 2.0**-6
 BF16, E4, E5 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 # tokens, heads, longest document, window: the seven shapes at which other attention kernels were measured
 ATTENTION = ((16384, 6, 896, 128), (16384, 6, 896, 384), (32768, 6, 2048, 384), (32768, 6, 2048, 896),
@@ -144,6 +145,7 @@ def mlp_rows() -> Iterator[Row]:
         x8, w8, g8 = x.mul(4).to(E4), w.mul(64).to(E4), g.mul(4).to(E5)
         scale, post_scale, dpre_scale = (torch.full((), value, device="cuda") for value in (1 / 256, 0.05, 0.001))
         post = tk.relu_square_reference(x, w)[0]
+        post8 = post.to(E4)
         one, flops, shape = torch.ones((), device="cuda"), 2 * tokens * 768 * 3072, f"{tokens:,} x 768 -> 3072"
 
         def up8(x8=x8, w8=w8, scale=scale, post_scale=post_scale, one=one):
@@ -151,28 +153,39 @@ def mlp_rows() -> Iterator[Row]:
             return post, (post / post_scale).clamp(max=448).to(E4), post.max()
 
         def up8_turned(up8=up8):
-            post, post8, amax = up8()
-            return post, post8, amax, post8.t().contiguous()
+            _, post8, amax = up8()
+            return post8, amax, post8.t().contiguous()
 
         def back(g=g, w=w, post=post):
             return 2 * (g @ w.t()) * post.sqrt()
 
-        def back8(g8=g8, w8=w8, post=post, scale=scale, dpre_scale=dpre_scale, one=one):
+        def back8(g8=g8, w8=w8, post8=post8, scale=scale, dpre_scale=dpre_scale, one=one):
             product = torch._scaled_mm(g8, w8.t(), scale, one, out_dtype=BF16, use_fast_accum=False)
-            dpre8 = (2 * product * post.sqrt() / dpre_scale).clamp(-57344, 57344).to(E5)
+            dpre8 = (2 * product * post8.to(BF16).sqrt() / dpre_scale).clamp(-57344, 57344).to(E5)
             return dpre8, dpre8.t().contiguous()
 
-        for name, turned, library in (("", False, up8), (", and FP8 turned", True, up8_turned)):
-            yield Row(f"MLP up + ReLU2, FP8 in, bf16 and FP8 out, amax{name}", shape,
+        leaves, library_mlp = [t.clone().requires_grad_() for t in (x, w, w)], compiled(tk.relu_square_mlp_reference)
+
+        def whole(function, *scales, leaves=leaves, g=g):
+            return torch.autograd.grad(function(*leaves, *scales), leaves, g)
+
+        for name, turned, library in (("bf16 and FP8 out, amax", False, up8),
+                                      ("FP8 out in both layouts, amax", True, up8_turned)):
+            yield Row(f"MLP up + ReLU2, FP8 in, {name}", shape,
                       lambda x8=x8, w8=w8, s=scale, p=post_scale, t=turned: tk.relu_square(x8, w8, None, s, p, t),
-                      compiled(library), x8.nbytes + w8.nbytes + (3 + turned) / 2 * post.nbytes, flops, "fp8")
+                      compiled(library), x8.nbytes + w8.nbytes + (1.0 if turned else 1.5) * post.nbytes, flops, "fp8")
         yield Row("MLP up + ReLU2, bf16", shape, lambda x=x, w=w: tk.relu_square(x, w),
                   compiled(lambda x=x, w=w: F.relu(x @ w.t()).square()), x.nbytes + w.nbytes + post.nbytes, flops)
         yield Row("MLP backward through ReLU2, bf16", shape, lambda g=g, w=w, p=post: tk.relu_square(g, w, p),
                   compiled(back), x.nbytes + w.nbytes + 2 * post.nbytes, flops)
-        yield Row("MLP backward through ReLU2, e5m2 in, e5m2 out in both layouts", shape,
-                  lambda g8=g8, w8=w8, p=post, s=scale, d=dpre_scale: tk.relu_square(g8, w8, p, s, d, True),
-                  compiled(back8), g8.nbytes + w8.nbytes + 2 * post.nbytes, flops, "fp8")
+        yield Row("MLP backward through ReLU2, e5m2 and e4m3 in, e5m2 out in both layouts", shape,
+                  lambda g8=g8, w8=w8, p=post8, s=scale, d=dpre_scale: tk.relu_square(g8, w8, p, s, d, True),
+                  compiled(back8), g8.nbytes + w8.nbytes + 1.5 * post.nbytes, flops, "fp8")
+        for name, scales, kind in (("bf16", (), "bf16"), ("FP8", FP8_MLP, "fp8")):
+            yield Row(f"MLP, forward + backward, {name}", shape,
+                      lambda whole=whole, scales=scales: whole(tk.relu_square_mlp, scales),
+                      lambda whole=whole, library=library_mlp: whole(library),
+                      4 * x.nbytes + 4 * w.nbytes + post.nbytes * (4 if not scales else 3), 6 * flops, kind)
 
 
 def loss_rows() -> Iterator[Row]:

@@ -47,6 +47,7 @@ def hardware_rows(cfg: Config, world: World):
             yield what, shown(choose(cfg, capability, dtype)), ""
         except UserError as error:
             yield what, "not possible here", str(error)
+    yield "MLP", "as the head where its operation is a kernel, else " + name, ""
     yield "other matrices", name, ""
 
 

@@ -144,8 +144,11 @@ UP = {"a": "tensordesc<bf16[128,64]>", "w": "tensordesc<bf16[256,64]>", "out": "
     *((90, "_symmetric_product", {}, {"POLYNOMIAL": bool(trace), "TRACE": trace, "TALL": not trace, "BM": 128,
                                       "BN": 64, "BK": 64, "STAGES": 5}) for trace in (0, 1024)),
     (90, "_relu_square_tiles", UP8, {"post": None, "LIMIT": None, "BM": 128, "BN": 256, "BK": 128, "GROUP": 8}),
-    (90, "_relu_square_tiles", {**UP8, "out8": "*fp8e5"}, {"out": None, "amax_ptr": None, "LIMIT": None, "BM": 128,
-                                                          "BN": 256, "BK": 128, "GROUP": 8}),
+    (90, "_relu_square_tiles", UP8, {"post": None, "out": None, "LIMIT": None, "BM": 128, "BN": 256, "BK": 128,
+                                     "GROUP": 8}),
+    *((90, "_relu_square_tiles", {**UP8, "out8": "*fp8e5", "post": post}, {
+        "out": None, "amax_ptr": None, "LIMIT": None, "BM": 128, "BN": 256, "BK": 128, "GROUP": 8})
+      for post in ("*bf16", "*fp8e4nv")),
     (90, "_relu_square_tiles", UP, {"out8": None, "amax_ptr": None, "scale_ptr": None, "out_scale_ptr": None,
                                     "post": None, "LIMIT": None, "BM": 128, "BN": 256, "BK": 64, "GROUP": 1}),
 ], ids=lambda x: "" if isinstance(x, dict) else str(x))

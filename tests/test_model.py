@@ -10,6 +10,8 @@ import train_gpt
 import triton_kernels
 from train_gpt import GPT, View
 
+FP8 = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+                         reason="FP8 products need compute capability 8.9")
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 KERNELS = {"cpu": REFERENCE, "cuda": triton_kernels.choose((9, 0), torch.bfloat16)[0]}
 VIEW = View(short=5, long=9, scale=0.2)
@@ -117,8 +119,7 @@ def test_head_loss_has_the_gradient_of_the_plain_formula(device, prefixed):
         assert relative_error(ours, reference) < (1e-12 if device == "cpu" else 1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
-                    reason="FP8 products need compute capability 8.9")
+@FP8
 def test_fp8_head_is_the_bf16_head_within_its_quantisation():
     torch.manual_seed(0)
     x = train_gpt.rms_norm(torch.randn(512, 768, device="cuda")).bfloat16()
@@ -134,6 +135,55 @@ def test_fp8_head_is_the_bf16_head_within_its_quantisation():
     assert relative_error(loss8, loss16) < 2e-3
     for ours, reference in zip(grads8, grads16, strict=True):
         assert relative_error(ours, reference) < 0.1
+
+
+def stored(x, scale, dtype):
+    """x as FP8 of that scale holds it, in float64."""
+    largest = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-largest, largest).to(dtype).double() * scale
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("device", "t", "d", "f"), [
+    ("cpu", 96, 144, 272), pytest.param("cuda", 96, 144, 272, marks=FP8),
+    pytest.param("cuda", 16384, 768, 3072, marks=FP8)])
+def test_the_mlp_in_fp8_is_the_mlp_of_rounded_operands(device, t, d, f, compiled):
+    draw = torch.Generator().manual_seed(0)
+    x, up, down, g = (torch.randn(rows, d, generator=draw).mul(size).bfloat16().to(device)
+                      for rows, size in ((t, 1), (f, 0.04), (f, 0.1), (t, 1e-3)))
+    scales = by_x, by_w, by_post, by_g, by_dpre = 28 / 448, 2 / 448, 0.5, 2.0**-10, 2.0**-12
+    mlp = triton_kernels.relu_square_mlp
+    if compiled:
+        mlp = torch.compile(mlp, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, up, down)]
+    out = mlp(*leaves, scales)
+    ours = out, *torch.autograd.grad(out, leaves, g)
+
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    x8, up8, down8 = (stored(tensor, by, e4m3) for tensor, by in ((x, by_x), (up, by_w), (down, by_w)))
+    post8, g8 = stored((x8 @ up8.t()).relu().square(), by_post, e4m3), stored(g, by_g, e5m2)
+    dpre8 = stored(2 * (g8 @ down8.t()) * post8.sqrt(), by_dpre, e5m2)
+    emulated = post8 @ down8, dpre8 @ up8, dpre8.t() @ x8, post8.t() @ g8
+    wide = [tensor.double().requires_grad_() for tensor in (x, up, down)]
+    exact = triton_kernels.relu_square_mlp_reference(*wide, scales)  # which rounds nothing
+    exact = exact, *torch.autograd.grad(exact, wide, g.double())
+    for found, expected, unrounded in zip(ours, emulated, exact, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert relative_error(found, expected) < 0.02  # sums of another order may fall across a border of codes
+        assert relative_error(found, unrounded) < 0.12  # e4m3 is off by 0.0265 of an RMS, e5m2 by 0.053
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_mlp_trains_in_fp8_and_validates_without(fp8):
+    taken = []
+    model, tokens, table, rotary = model_and_inputs(dtype=torch.bfloat16)
+    model.kernels = REFERENCE._replace(mlp=lambda *args: taken.append(args[3]) or triton_kernels.relu_square_mlp(*args))
+    loss = train_gpt.slice_loss(model, tokens, table, 48, *rotary, VIEW, torch.ones(2), fp8)
+    loss.backward()
+    assert loss.isfinite() and taken == len(TINY_SHAPE.layers) * [train_gpt.FP8_MLP * fp8]
+    taken.clear()
+    model(tokens[:-1], table, 48, *rotary, VIEW)
+    assert taken == len(TINY_SHAPE.layers) * [()]
 
 
 def model_and_inputs(device="cpu", dtype=torch.float64, total=48, layers=TINY_SHAPE.layers):
@@ -271,8 +321,8 @@ def test_a_trainer_sums_the_tables_gradients_that_autograd_would_give(shards):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mode", ["auto", "library"])
-def test_the_gpu_path_is_the_cpu_path(shards, mode):
+@pytest.mark.parametrize(("mode", "fp8"), [("auto", False), pytest.param("auto", True, marks=FP8), ("library", False)])
+def test_the_gpu_path_is_the_cpu_path(shards, mode, fp8):
     """The real shape in bfloat16, compiled, with this GPU's kernels or PyTorch's, against float32 on plain PyTorch."""
     chosen, _ = triton_kernels.choose(torch.cuda.get_device_capability(), torch.bfloat16, mode)
     shape, total = train_gpt.GPT2_SHAPE, 1024
@@ -290,10 +340,12 @@ def test_the_gpu_path_is_the_cpu_path(shards, mode):
         rotary = train_gpt.rotary_tables(cfg, 0, 2 * total, "cuda", dtype)
         step = torch.compile(train_gpt.slice_loss, dynamic=False, fullgraph=True) if kernels is chosen else \
             train_gpt.slice_loss
-        loss = step(model, tokens, table, 896, *rotary, view, torch.tensor([1.0, 0.25], device="cuda"), False)
+        loss = step(model, tokens, table, 896, *rotary, view, torch.tensor([1.0, 0.25], device="cuda"),
+                    fp8 and kernels is chosen)
         loss.backward()
         losses.append(loss.item())
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     for name in grads[0]:  # the packed scalars' gradients are sums over all tokens that nearly cancel here
-        assert relative_error(grads[1][name], grads[0][name]) < (0.3 if name == "small" else 0.03), name
+        limit = 0.3 if name == "small" else 0.15 if fp8 else 0.03  # with FP8 0.09 to 0.12 on a CPU
+        assert relative_error(grads[1][name], grads[0][name]) < limit, name

@@ -67,6 +67,11 @@ def one_sign(cfg):
     return cfg
 
 
+def bf16_mlp(cfg):
+    t.FP8_MLP = ()
+    return cfg
+
+
 def every_token_its_own_kind(cfg):
     read = t.read_token_tables
 
@@ -97,7 +102,8 @@ VARIANTS = {
     "no further tokens": lambda cfg: stages(cfg, mtp=((1,), (1,))),
     "no prefix": lambda cfg: stages(cfg, prefix=(0, 0)),
     "whole vocabulary": lambda cfg: stages(cfg, sample=0),
-    "bf16 head": lambda cfg: dataclasses.replace(cfg, fp8="off"),
+    "bf16 MLP": bf16_mlp,
+    "bf16 head and MLP": lambda cfg: dataclasses.replace(cfg, fp8="off"),
     "eleven layers": fewer_layers,
     "no bigrams (frozen)": frozen("bigram_lambdas"),
     "no coefficients of tokens' own (frozen)": frozen("mix_out"),
