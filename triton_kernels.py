@@ -470,13 +470,13 @@ def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> 
 # w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
 # post  (T, F)   a's dtype, bf16 for FP8, backward also e4m3; None: forward
 # scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1  (squared after x W': below 1e19)  product of FP8 operands' scales
-# post8 (T, F)   and, transposed, post8_t (F, T), e4m3, saturated at 448             with out_scale (), fp32 from 1e-30
-# amax  (n,)     fp32, a maximum a program, not rounded, where no NaN is; with post8 for the next step's out_scale
+# post8 (T, F)   and, transposed, in post's place, post8_t (F, T), e4m3, saturated   with out_scale (), fp32 from 1e-30
+# amax  (n,)     fp32, a maximum a program, not rounded, where no NaN is; with post8   for another out_scale next time
 # dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
 #
 # Arithmetic is fp32, each output rounded once; FP8 products accumulate at the tensor cores' own precision, on Hopper
 # about 14 bits (max_num_imprecise_acc is left at its default). Rows must be multiples of 16 bytes, as descriptors want.
-# Sources: ReLU^2 is that of Primer (arXiv 2109.08668); delayed scaling is that of NVIDIA's Transformer Engine.
+# Sources: ReLU^2 is that of Primer (arXiv 2109.08668); FP8 is that of modded-nanogpt's records #84, #89 and #92.
 
 # (BM, BN, BK, GROUP, stages, warps) by the bytes of an operand's element: large tiles for the fewest loads.
 RELU_SQUARE_TILES = {1: (128, 256, 128, 8, 4, 8), 2: (128, 256, 64, 1, 4, 8), 4: (64, 64, 32, 1, 2, 4)}
@@ -492,7 +492,7 @@ def _check_relu_square(a, w, post, *scales) -> torch.dtype:
     _expect("post", post, post is None or post.shape == (len(a), len(w)), (len(a), len(w)),
             (wide, E4M3) if a.dtype in fp8 else (wide,), a.device)
     for scale in scales:
-        _expect("a scale", scale, scale is None or scale.numel() == 1, "one number", (torch.float32,), a.device)
+        _expect("a scale", scale, scale is None or scale.ndim == 0, "one number, ()", (torch.float32,), a.device)
     return wide
 
 
@@ -556,8 +556,8 @@ def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr
         tl.store(amax_ptr + tl.program_id(0), top * top * factor)
 
 
-# The same backward product on Hopper in Gluon, Triton's lower level, for bf16: a warp loads, and of two groups of four
-# warps one makes its outputs while the other multiplies. 10% faster than the kernel above on an H100 (NOTES.md, 13).
+# The same backward product on Hopper in Gluon, Triton's lower level, for bf16 (fp8=off): a warp loads, of two groups of
+# four warps one makes its outputs while the other multiplies. 10% faster than the kernel above (NOTES.md, 13).
 HOPPER_BM, HOPPER_BN, HOPPER_BK = tl.constexpr(128), tl.constexpr(128), tl.constexpr(64)
 HOPPER_STAGES, HOPPER_ROWS, HOPPER_PART = tl.constexpr(5), tl.constexpr(4), tl.constexpr(64)
 HOPPER_BLOCK = [128, 64]  # of every descriptor: (BM, BK) of g, (BN, BK) of w, (BM, PART) of post and dpre
@@ -694,14 +694,16 @@ def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor 
     return [t for t in outputs if t is not None]
 
 
-def _number(like: Tensor, value: Tensor | float) -> Tensor:
+def number(like: Tensor, value: Tensor | float) -> Tensor:
+    """value as () fp32 on like's device."""
     return value if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float32)
 
 
-def fp8_matmul(a: Tensor, b: Tensor, scale_a: Tensor | float, scale_b: float, fast: bool = False) -> Tensor:
-    """(M, K) row-major @ (K, N) column-major, both FP8, to bf16. Gradients need the slower, exact accumulation."""
-    scales = _number(a, scale_a), _number(a, scale_b)
-    return torch._scaled_mm(a, b, *scales, out_dtype=torch.bfloat16, use_fast_accum=fast)
+def fp8_matmul(a: Tensor, b: Tensor, scale_a, scale_b, fast: bool = False, dtype=torch.bfloat16) -> Tensor:
+    """(M, K) row-major @ (K, N) column-major, both FP8, to dtype. Gradients need the slower, exact accumulation."""
+    _expect("a", a, a.ndim == 2, "(M, K)", (E4M3, E5M2))
+    _expect("b'", b.t(), len(b) == a.size(1), f"(N, {a.size(1)})", (E4M3, E5M2), a.device)
+    return torch._scaled_mm(a, b, number(a, scale_a), number(a, scale_b), out_dtype=dtype, use_fast_accum=fast)
 
 
 class ReluSquareMLP(torch.autograd.Function):
@@ -713,45 +715,47 @@ class ReluSquareMLP(torch.autograd.Function):
             ctx.save_for_backward(x, w_up, w_down, post)
             return post @ w_down
         by_x, by_w, by_post, *_ = scales
-        (x, x_t), (up, up_t), (down, down_t) = (
-            quantize_transpose(t, _number(t, by), E4M3) for t, by in ((x, by_x), (w_up, by_w), (w_down, by_w)))
-        post, _, post_t = relu_square(x, up, None, _number(x, by_x * by_w), _number(x, by_post), True)
+        (x8, x_t), (up, up_t), (down, down_t) = (
+            quantize_transpose(t, by, E4M3) for t, by in ((x, by_x), (w_up, by_w), (w_down, by_w)))
+        post, _, post_t = relu_square(x8, up, None, by_x * by_w, by_post, True)
         ctx.save_for_backward(x_t, up_t, down, post, post_t)
-        return fp8_matmul(post, down_t.t(), by_post, by_w, fast=True)
+        return fp8_matmul(post, down_t.t(), by_post, by_w, True, x.dtype)  # a .to here loses torch 2.11 the gradients
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        (x, up, down, post, *turned), g = ctx.saved_tensors, g.contiguous()
-        if not turned:  # bf16
+        (x, up, down, post, *post_t), g = ctx.saved_tensors, g.contiguous()
+        if not post_t:
             (dpre,) = relu_square(g, down, post)
             return dpre @ up, dpre.t() @ x, post.t() @ g, None
         by_x, by_w, by_post, by_g, by_dpre = ctx.scales
-        g, g_t = quantize_transpose(g, _number(g, by_g), E5M2)
-        dpre, dpre_t = relu_square(g, down, post, _number(g, by_g * by_w * by_post**0.5), _number(g, by_dpre), True)
+        g, g_t = quantize_transpose(g, by_g, E5M2)
+        dpre, dpre_t = relu_square(g, down, post, by_g * by_w * by_post.sqrt(), by_dpre, True)
         return (fp8_matmul(dpre, up.t(), by_dpre, by_w), fp8_matmul(dpre_t, x.t(), by_dpre, by_x),
-                fp8_matmul(turned[0], g_t.t(), by_post, by_g), None)
+                fp8_matmul(post_t[0], g_t.t(), by_post, by_g), None)
 
 
 def _check_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float]) -> None:
     _check_relu_square(x, w_up, None)
+    _expect("x", x, True, "(T, D)", (*FLOATS, torch.float64))
     _expect("w_down", w_down, w_down.shape == w_up.shape, tuple(w_up.shape), (x.dtype,), x.device)
-    if len(scales) not in (0, 5):
-        raise ValueError(f"scales are {scales}: pass five, of x, the matrices, post and the two gradients, or none.")
+    if scales and not (len(scales) == 5 and min(scales) > 0 and all(n % 16 == 0 for n in (*x.shape, len(w_up)))):
+        raise ValueError(f"scales are {scales}, x {tuple(x.shape)}, w_up {tuple(w_up.shape)}: pass five above 0, of x, "
+                         "the matrices, post, g and dpre, and T, D and F that 16 divides, or no scales.")
 
 
 def relu_square_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float] = ()) -> Tensor:
     """relu(x w_up')^2 w_down for x (T, D), w_up and w_down, two tensors of (F, D): (T, D), differentiable (once).
-    scales: what FP8 divides x, the matrices, post, the output's gradient and dpre by; here nothing is rounded."""
+    scales: those by which FP8 divides x, the matrices, post, the output's gradient g and dpre; here nothing is FP8."""
     _check_mlp(x, w_up, w_down, scales)
     return (x @ w_up.t()).relu().square() @ w_down
 
 
 def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float] = ()) -> Tensor:
     """As relu_square_mlp_reference, by the two kernels on a GPU; of the hidden layer only post is kept for backward.
-    With scales all six products are in FP8, to bf16 (T, D and F multiples of 16)."""
+    With scales all six products are in FP8, on a CPU too, and post is kept in it, in both layouts."""
     _check_mlp(x, w_up, w_down, scales)
-    return ReluSquareMLP.apply(x, w_up, w_down, scales)
+    return ReluSquareMLP.apply(x, w_up, w_down, tuple(number(x, scale) for scale in scales))
 
 
 # --- Softcapped, multi-token cross-entropy with its gradient ----------------------------------------------------------

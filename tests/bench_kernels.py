@@ -181,7 +181,7 @@ def mlp_rows() -> Iterator[Row]:
         yield Row("MLP backward through ReLU2, e5m2 and e4m3 in, e5m2 out in both layouts", shape,
                   lambda g8=g8, w8=w8, p=post8, s=scale, d=dpre_scale: tk.relu_square(g8, w8, p, s, d, True),
                   compiled(back8), g8.nbytes + w8.nbytes + 1.5 * post.nbytes, flops, "fp8")
-        for name, scales, kind in (("bf16", (), "bf16"), ("FP8", FP8_MLP, "fp8")):
+        for name, scales, kind in (("bf16", (), "bf16"), ("FP8 (PyTorch: bf16)", FP8_MLP, "fp8")):
             yield Row(f"MLP, forward + backward, {name}", shape,
                       lambda whole=whole, scales=scales: whole(tk.relu_square_mlp, scales),
                       lambda whole=whole, library=library_mlp: whole(library),

@@ -47,7 +47,12 @@ def hardware_rows(cfg: Config, world: World):
             yield what, shown(choose(cfg, capability, dtype)), ""
         except UserError as error:
             yield what, "not possible here", str(error)
-    yield "MLP", "as the head where its operation is a kernel, else " + name, ""
+    try:
+        fp8 = train_gpt.fp8_mlp(train_gpt.choose_fp8(cfg, capability, dtype),
+                                train_gpt.choose_kernels(cfg, capability, dtype)[1])
+    except UserError:  # said above
+        fp8 = False
+    yield "MLP", "fp8" if fp8 else name, ""
     yield "other matrices", name, ""
 
 

@@ -160,3 +160,5 @@ def test_other_gpus_take_the_paths_they_can(monkeypatch, capability, dtype, atte
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found, _, kinds, head = train_gpt.choose(train_gpt.parse_options(["preset=24gb"]), torch.device("cuda"))
     assert (str(found), kinds["attention"], head) == (f"torch.{dtype}", attention, fp8)
+    assert train_gpt.fp8_mlp(head, kinds) == (capability == (9, 0))
+    assert not train_gpt.fp8_mlp(False, kinds)

@@ -2,8 +2,8 @@
 
     python 35_ab.py TREE I N ROUNDS FOLDER      from the tree TREE, the I-th of N; start all N at once
 
-Each compiles, waits in FOLDER until all have, then trains seed 0, 1, ... when it is its turn, alone. With RANGES=1 it
-then prints what the tensors of the MLPs hold; PRESET and STEPS are to try it small."""
+Each compiles, waits in FOLDER until all have, then trains seed 0, 1, ... when it is its turn, alone.
+Training does not begin while FOLDER has a file `hold`. PRESET and STEPS are to try it small."""
 import dataclasses
 import os
 import sys
@@ -29,7 +29,7 @@ trainer.reset(0)
 trainer.warm_up(plan, validation, console)
 print(f"{tree[-1]} warm {time.time() - begin:.0f} s", flush=True)
 (folder / f"ready{i}").touch()
-while len(list(folder.glob("ready*"))) < n:
+while len(list(folder.glob("ready*"))) < n or (folder / "hold").exists():
     time.sleep(0.2)
 for seed in range(rounds):
     while len(list(folder.glob("done*"))) < seed * n + i:
@@ -41,35 +41,3 @@ for seed in range(rounds):
     print(f"{tree[-1]} | {seed} | {result['val_loss']:.4f} | {result['train_time_ms'] / 1000:.3f} s | "
           f"{result['peak_memory_allocated_mib']} MiB", flush=True)
     (folder / f"done{seed * n + i}").touch()
-
-# What the MLPs' tensors hold after the last seed's stage: largest, median and, of gradients, lowest hundredth of |.|
-if os.environ.get("RANGES"):
-    import torch
-
-    import triton_kernels as tk
-    rows, mlp = [], trainer.model.kernels.mlp
-    t.FP8_MLP = ()
-
-    def sizes(x):
-        x = x.detach().float().abs().flatten()
-        kept = x[x > 0]
-        kept = kept[torch.randint(len(kept), (100_000,), device=x.device)].sort().values
-        return f"{x.max():.3g} {kept[50_000]:.2g} {kept[1_000]:.2g}"
-
-    def spy(x, up, down, *_):
-        (post,), layer = tk.relu_square(x.detach(), up.detach()), len(rows)
-        rows.append([sizes(x), sizes(up), sizes(down), sizes(post)])
-        y = mlp(x, up, down)
-        y.register_hook(lambda g: rows[layer].extend((sizes(g), sizes(tk.relu_square(g.contiguous(), down, post)[0]))))
-        return y
-
-    trainer.model.kernels = trainer.model.kernels._replace(mlp=spy)
-    stage = cfg.stages[0]
-    batch = t.Loader(cfg, world, files, plan).next()[0]
-    weights = torch.tensor(t.target_weights(cfg, 180), device=world.device)
-    loss = t.slice_loss(trainer.model, *batch, stage.max_doc, *trainer.rotary[0], t.stage_view(cfg, 0), weights,
-                        trainer.fp8)
-    (loss / cfg.slices).backward()
-    print("layer: x | up | down | post | g | dpre, each max, median, 1%")
-    for layer, row in enumerate(rows):
-        print(layer, " | ".join(row), flush=True)

@@ -124,6 +124,9 @@ def test_references_are_the_definition_and_its_derivative():
     assert_close(tk.relu_square_reference(x, w)[0], post.detach())
     (expected,) = torch.autograd.grad((post @ down * g).sum(), pre)
     assert_close(tk.relu_square_reference(g, down, post.detach())[0], expected)
+    half = random(24, 16, dtype=BF16), random(40, 16, dtype=BF16)
+    _, _, amax = tk.relu_square_reference(*half, None, None, number(1.0))  # not rounded, as post is
+    assert_close(amax, tk.relu_square_reference(*double(*half))[0].max()[None], 1e-5)
 
 
 ########################################################################################################################
@@ -376,6 +379,9 @@ def test_cpu_takes_the_reference():
         ({"w": torch.zeros(6, 8, dtype=F16)}, r"w must be .*torch.float32, not torch.float16"),
         ({"post": torch.zeros(4, 6, dtype=F16)}, r"post must be .*torch.float32, not torch.float16"),
         ({"scale": torch.zeros(2)}, r"a scale must be one number.*of shape \(2,\)"),
+        ({"scale": torch.zeros(1, 1)}, r"a scale must be one number, \(\).*of shape \(1, 1\)"),
+        ({"a": torch.zeros(4, 8).to(E5), "w": torch.zeros(6, 8).to(E4), "post": torch.zeros(4, 6).to(E5)},
+         r"post must be .*bfloat16 or torch.float8_e4m3fn, not torch.float8_e5m2"),
         ({"out_scale": torch.zeros((), dtype=F64)}, r"a scale must be .*torch.float32, not torch.float64"),
         ({"w": torch.zeros(6, 8, device="meta")}, r"w must be .*on cpu.*on meta"),
     ],
@@ -393,8 +399,13 @@ def test_the_mlp_names_wrong_matrices_wherever_it_runs(function):
         function(x[None], w, w)
     with pytest.raises(ValueError, match=r"w_down must be \(16, 8\).*of shape \(12, 8\)"):
         function(x, w, w[:12])
-    with pytest.raises(ValueError, match=r"scales are \(1.0, 2.0\): pass five, of x, the matrices.*, or none"):
-        function(x, w, w, (1.0, 2.0))
+    with pytest.raises(ValueError, match=r"x must be \(T, D\).*not torch.float8_e4m3fn"):
+        function(*(t.to(E4) for t in (x, w, w)))
+    x, w = torch.zeros(32, 16, device=DEVICE), torch.zeros(48, 16, device=DEVICE)
+    for sizes, scales in (((32, 48), (1.0, 2.0)), ((32, 48), (1.0, 1.0, 0.0, 1.0, 1.0)), ((31, 48), (1.0,) * 5),
+                          ((32, 40), (1.0,) * 5)):
+        with pytest.raises(ValueError, match=r"scales are \(1.0, .*\): pass five above 0, .* that 16 divides, or no"):
+            function(x[:sizes[0]], w[:sizes[1]], w[:sizes[1]], scales)
 
 
 def test_kernels_name_rows_they_cannot_take():
