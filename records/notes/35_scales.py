@@ -1,0 +1,49 @@
+"""How far FP8 in the MLP moves a slice's gradients, by its scales: 35 of NOTES.md; on a CPU, from the project's folder
+
+    python records/notes/35_scales.py
+
+GPT-2's shape but for a smaller table of bigrams, 1,024 tokens, fresh weights with drawn ways down, times what they grow
+by in the corpus run; FP8 in head and MLP by the kernels' references, against float32."""
+import dataclasses
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch  # noqa: E402
+from conftest import REFERENCE, tables  # noqa: E402
+
+import train_gpt  # noqa: E402
+import triton_kernels  # noqa: E402
+
+shape, total = train_gpt.GPT2_SHAPE._replace(bigram_rows=20_000), 1024
+cfg = dataclasses.replace(train_gpt.Config(), shape=shape)
+torch.manual_seed(0)
+tokens = torch.randint(0, 50257, (total + 1,), dtype=torch.int32)
+starts = torch.tensor([0, 200, 201, 777, total, total], dtype=torch.int32)
+
+
+def learn(dtype, scales, grown):
+    kernels = REFERENCE._replace(mlp=triton_kernels.relu_square_mlp) if dtype == torch.bfloat16 else REFERENCE
+    model = train_gpt.GPT(shape, dtype, kernels, tables(shape.vocab))
+    model.init_weights(0)
+    with torch.no_grad():
+        model.mlp_bank[1::2].normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+        model.mlp_bank.mul_(grown)
+    train_gpt.FP8_MLP = scales
+    loss = train_gpt.slice_loss(model, tokens, starts, 896, *train_gpt.rotary_tables(cfg, 0, 2 * total, "cpu", dtype),
+                                train_gpt.stage_view(cfg, 0), torch.tensor([1.0, 0.25]), bool(scales))
+    (loss / 8).backward()
+    return {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+
+
+x, _, _, g, dpre = train_gpt.FP8_MLP
+for grown in (1, 4):
+    exact = learn(torch.float32, (), grown)
+    for scales in ((), *((x, w / 448, post, g, dpre) for w, post in ((2, 1), (2, 4), (8, 16), (8, 64))),
+                   (x, 8 / 448, 16, g / 4, dpre / 4), (x, 8 / 448, 16, g / 64, dpre / 64)):
+        found = learn(torch.bfloat16, scales, grown)
+        errors = {name: (found[name] - grad).norm() / grad.norm() for name, grad in exact.items()}
+        named = f"{scales[1] * 448:g} / 448, {scales[2]:g}, {scales[3]:g}" if scales else "bf16"
+        print(f"matrices x {grown}, {named}: "
+              + ", ".join(f"{name} {error:.3f}" for name, error in errors.items()), flush=True)
