@@ -557,7 +557,7 @@ def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr
 
 
 # The same backward product on Hopper in Gluon, Triton's lower level, for bf16 (fp8=off): a warp loads, of two groups of
-# four warps one makes its outputs while the other multiplies. 10% faster than the kernel above (NOTES.md, 13).
+# four warps one makes its outputs while the other multiplies. 10% faster than the kernel above on an H100 (NOTES, 13).
 HOPPER_BM, HOPPER_BN, HOPPER_BK = tl.constexpr(128), tl.constexpr(128), tl.constexpr(64)
 HOPPER_STAGES, HOPPER_ROWS, HOPPER_PART = tl.constexpr(5), tl.constexpr(4), tl.constexpr(64)
 HOPPER_BLOCK = [128, 64]  # of every descriptor: (BM, BK) of g, (BN, BK) of w, (BM, PART) of post and dpre

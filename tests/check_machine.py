@@ -48,11 +48,10 @@ def hardware_rows(cfg: Config, world: World):
         except UserError as error:
             yield what, "not possible here", str(error)
     try:
-        fp8 = train_gpt.fp8_mlp(train_gpt.choose_fp8(cfg, capability, dtype),
-                                train_gpt.choose_kernels(cfg, capability, dtype)[1])
+        *_, kinds, fp8 = train_gpt.choose(cfg, world.device)
+        yield "MLP", "fp8" if train_gpt.fp8_mlp(fp8, kinds) else name, ""
     except UserError:  # said above
-        fp8 = False
-    yield "MLP", "fp8" if fp8 else name, ""
+        pass
     yield "other matrices", name, ""
 
 

@@ -26,6 +26,8 @@ TINY_SHAPE = train_gpt.Shape(dim=16, heads=2, head_dim=8, mlp_dim=32, bigram_row
     train_gpt.Layer("", final=-0.5),
     train_gpt.Layer("short", exclusive=True, value_embed=True, reads=1, mixes=1),
 ))
+
+
 def moved(x: torch.Tensor) -> torch.Tensor:
     """x again, starting one element into its memory."""
     return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)

@@ -14,6 +14,7 @@ FP8 = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_
                          reason="FP8 products need compute capability 8.9")
 HOPPER = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
                             reason="FP8 in the MLP needs compute capability 9.x")
+NO_INTERPRETER = pytest.mark.skipif(triton_kernels.INTERPRETED, reason="Triton's interpreter has no bfloat16")
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 KERNELS = {"cpu": REFERENCE, "cuda": triton_kernels.choose((9, 0), torch.bfloat16)[0]}
 VIEW = View(short=5, long=9, scale=0.2)
@@ -165,6 +166,17 @@ def test_fp8_products_name_operands_they_cannot_take():
             triton_kernels.fp8_matmul(**dict(a=a, b=b.t(), scale_a=1.0, scale_b=1.0) | wrong)
 
 
+@NO_INTERPRETER
+def test_each_gradient_of_the_mlp_in_fp8_has_its_own_scale():
+    """One saturates, the other does not: exchanged scales would show, which divide and multiply back alike else."""
+    x, up, down, g = (torch.full((16, 16), value, dtype=torch.bfloat16) for value in (1.0, 0.25, 0.25, 1.0))
+    leaves = [tensor.requires_grad_() for tensor in (x, up, down)]  # post 16, dpre 2 * 4 * 4 = 32
+    found = [torch.autograd.grad(triton_kernels.relu_square_mlp(*leaves, (1.0, 1.0, 1.0, *scales)), up, g)[0]
+             for scales in ((1.0, 1.0), (1.0, 2.0**-12), (2.0**-18, 1.0))]
+    assert [grad.unique().tolist() for grad in found] == [[16 * 32], [16 * 57344 / 2**12], [16 * 32 * 57344 / 2**18]]
+
+
+@NO_INTERPRETER
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("device", "t", "d", "f"), [
     ("cpu", 96, 144, 272), pytest.param("cuda", 96, 144, 272, marks=HOPPER),
@@ -196,6 +208,7 @@ def test_the_mlp_in_fp8_is_the_mlp_of_rounded_operands(device, t, d, f, compiled
         assert relative_error(found, unrounded) < 0.12  # e4m3 is off by 0.0265 of an RMS, e5m2 by 0.053
 
 
+@NO_INTERPRETER
 def test_the_mlp_trains_in_fp8_and_validates_without():
     """And by FP8_MLP's scales it is off by FP8's roundings alone: ones too large or small lose the gradients."""
     def learn(fp8):
@@ -214,6 +227,14 @@ def test_the_mlp_trains_in_fp8_and_validates_without():
     taken = []
     assert 0.01 < relative_error(learn(True), learn(False)) < 0.13
     assert train_gpt.FP8_MLP[0] * 448 >= train_gpt.GPT2_SHAPE.dim**0.5  # no element of a normed row is larger
+
+
+def test_the_scales_of_the_mlp_in_fp8_hold_what_the_corpus_run_ends_with():
+    """Least median and largest value of all layers by records/notes/35_runs.txt; one hidden value is cut."""
+    e4m3, e5m2 = torch.finfo(torch.float8_e4m3fn), torch.finfo(torch.float8_e5m2)
+    held = (0.62, 20.8, e4m3), (0.039, 1.73, e4m3), (0.4, 1820, e4m3), (1.4e-5, 0.00375, e5m2), (7.2e-5, 0.0889, e5m2)
+    for scale, (median, largest, kind) in zip(train_gpt.FP8_MLP, held, strict=True):
+        assert median / scale > kind.smallest_normal and largest / scale < 1.02 * kind.max
 
 
 def model_and_inputs(device="cpu", dtype=torch.float64, total=48, layers=TINY_SHAPE.layers):
@@ -333,6 +354,17 @@ def test_initial_weights_depend_on_the_seed_alone():
     assert not torch.equal(first.head, other.head)
 
 
+def test_the_log_says_which_products_are_in_fp8(shards):
+    cfg = tiny_config(shards)
+    trainer = train_gpt.Trainer(cfg, train_gpt.World(0, 1, torch.device("cpu")))
+    plan = train_gpt.plan_run(cfg, train_gpt.find_shards(cfg, "train_files"))
+    for fp8, kind, head, mlp in ((False, "kernel", "float32", "float32"), (True, "reference", "fp8", "float32"),
+                                 (True, "kernel", "fp8", "fp8")):
+        trainer.fp8, trainer.kinds["mlp"] = fp8, kind
+        (line,) = (line for line in trainer.describe(plan) if line.startswith("model:"))
+        assert f"head {head}, MLP {mlp}," in line
+
+
 def test_a_trainer_sums_the_tables_gradients_that_autograd_would_give(shards):
     cfg = tiny_config(shards, dtype="float64")
     trainer = train_gpt.Trainer(cfg, train_gpt.World(0, 1, torch.device("cpu")))
@@ -377,5 +409,5 @@ def test_the_gpu_path_is_the_cpu_path(shards, mode, fp8):
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     for name in grads[0]:  # the packed scalars' gradients are sums over all tokens that nearly cancel here
-        limit = 0.3 if name == "small" else 0.15 if fp8 else 0.03  # with FP8 0.09 to 0.12 on a CPU
+        limit = 0.3 if name == "small" else 0.15 if fp8 else 0.03  # 35_scales.txt
         assert relative_error(grads[1][name], grads[0][name]) < limit, name

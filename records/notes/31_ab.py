@@ -1,8 +1,9 @@
-"""One stage of the corpus run (190 steps) by several versions in turn, A B C A B C, on one GPU: 31 of NOTES.md
+"""One stage of the corpus run (190 steps) by several versions in turn, A B C A B C, on one GPU: 31, 35 of NOTES.md
 
     python 31_ab.py TREE I N ROUNDS FOLDER      from the tree TREE, the I-th of N; start all N at once
 
-Each compiles, waits in FOLDER until all have, then trains seed 0, 1, ... when it is its turn, alone."""
+Each compiles, waits in FOLDER until all have, then trains seed 0, 1, ... when it is its turn, alone.
+Training does not begin while FOLDER has a file `hold`. PRESET and STEPS are to try it small."""
 import dataclasses
 import os
 import sys
@@ -16,8 +17,8 @@ os.chdir(tree)
 import runtime  # noqa: E402
 import train_gpt as t  # noqa: E402
 
-cfg = t.parse_options(["preset=corpus", "log_dir=records/runs_ab"])
-cfg = dataclasses.replace(cfg, stages=cfg.stages[:1], steps=182, extension=8, val_every=0,
+cfg = t.parse_options([f"preset={os.environ.get('PRESET', 'corpus')}", "log_dir=records/runs_ab"])
+cfg = dataclasses.replace(cfg, stages=cfg.stages[:1], steps=int(os.environ.get("STEPS", 182)), extension=8, val_every=0,
                           final_window=cfg.stages[0].long, name="AB")
 world = runtime.connect(runtime.start_world(cfg))
 files = t.find_shards(cfg, "train_files")
@@ -28,7 +29,7 @@ trainer.reset(0)
 trainer.warm_up(plan, validation, console)
 print(f"{tree[-1]} warm {time.time() - begin:.0f} s", flush=True)
 (folder / f"ready{i}").touch()
-while len(list(folder.glob("ready*"))) < n:
+while len(list(folder.glob("ready*"))) < n or (folder / "hold").exists():
     time.sleep(0.2)
 for seed in range(rounds):
     while len(list(folder.glob("done*"))) < seed * n + i:

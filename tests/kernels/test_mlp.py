@@ -124,6 +124,10 @@ def test_references_are_the_definition_and_its_derivative():
     assert_close(tk.relu_square_reference(x, w)[0], post.detach())
     (expected,) = torch.autograd.grad((post @ down * g).sum(), pre)
     assert_close(tk.relu_square_reference(g, down, post.detach())[0], expected)
+    (_, post8, _), (dpre8,) = (tk.relu_square_reference(*args, None, number(1e-20)) for args in (
+        (x, down, None), (g, down, post.detach())))
+    assert set(post8.float().unique().tolist()) == {0, 448}  # saturated, not NaN
+    assert set(dpre8.float().unique().tolist()) == {-tk.E5M2_MAX, 0, tk.E5M2_MAX}
     half = random(24, 16, dtype=BF16), random(40, 16, dtype=BF16)
     _, _, amax = tk.relu_square_reference(*half, None, None, number(1.0))  # not rounded, as post is
     assert_close(amax, tk.relu_square_reference(*double(*half))[0].max()[None], 1e-5)
