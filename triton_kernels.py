@@ -63,16 +63,23 @@ def operation(reference: Callable, outputs: Callable, dtypes: Sequence[torch.dty
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-E4M3_MAX, E5M2_MAX = 448.0, 57344.0  # the largest finite values; a cast alone would make larger ones NaN or inf
+E4M3_MAX, E5M2_MAX = 448.0, 57344.0  # the largest finite values, above which a cast alone gives NaN or inf
 # PTX from four floats to a word of FP8, saturated: Triton 3.6 writes wrong bytes when it packs converted ones anew.
 E4M3_WORD, E5M2_WORD = (tl.constexpr(
     f"{{ .reg .b16 low, high; cvt.rn.satfinite.{name}x2.f32 low, $2, $1; "
     f"cvt.rn.satfinite.{name}x2.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}") for name in ("e4m3", "e5m2"))
 
 
-def _expect(name: str, x: Tensor, fits: bool, wanted: object, dtypes: Sequence[torch.dtype], device=None) -> None:
-    """ValueError, with all that x should be and is, unless it is None or fits, contiguous, of dtypes, on device."""
-    if x is not None and not (fits and x.is_contiguous() and x.dtype in dtypes and x.device == (device or x.device)):
+def _expect(name: str, x: Tensor | None, shape: tuple[int | str, ...], dtypes: Sequence[torch.dtype],
+            device: torch.device | None = None, fits: bool = True, rule: str = "") -> None:
+    """ValueError, with all that x should be and is, unless it is None, or contiguous, of `shape` (a letter is any size
+    but 0), one of dtypes, on device, and fits the rule."""
+    if x is None:
+        return
+    whole = x.ndim == len(shape) and all(
+        n > 0 if isinstance(size, str) else n == size for n, size in zip(x.shape, shape, strict=True))
+    if not (whole and fits and x.is_contiguous() and x.dtype in dtypes and x.device == (device or x.device)):
+        wanted = str(tuple(shape)).replace("'", "") + ", not 0" * any(isinstance(size, str) for size in shape) + rule
         raise ValueError(f"{name} must be {wanted}, contiguous, on {device or x.device}, "
                          f"{' or '.join(map(str, dtypes))}, not {x.dtype} of shape {tuple(x.shape)} with strides "
                          f"{x.stride()} on {x.device}.")
@@ -102,7 +109,6 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 # paired                        token t becomes rows 2t and 2t + 1 of a sequence with half of the heads each
 # key_offset                    the still half of a key is that of the row before; the first row keeps its own
 # out         (T, H V)
-#
 # All contiguous, of one dtype, bf16 or fp16 (interpreter: fp16, fp32; reference: any, any widths of 4n); sums are fp32.
 # Differentiable by qk, v and gate; deterministic. Sources: FlashAttention-2 (arXiv 2307.08691); QK-norm (2302.05442);
 # rotary embedding (2104.09864), half-truncated in modded-nanogpt's record #20; gates #28; key offset #49; pairs #58.
@@ -175,21 +181,18 @@ def _check_attention(qk, v, first, last, heads, window, scale, cos, sin, gate, p
         raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and more than 0.")
     if (cos is None) != (sin is None) or key_offset and cos is None:
         raise ValueError("cos and sin are a pair, and key_offset needs them: pass both.")
-    whole = qk.ndim == 2 and 0 not in qk.shape and qk.size(1) % (2 * heads * (1 if cos is None else 4)) == 0
-    _expect("qk", qk, whole, f"(T, 2 * {heads} * W), not 0, W with cos a multiple of 4", (qk.dtype,))
-    tokens, rows, width = len(qk), len(qk) * (1 + paired), qk.size(1) // (2 * heads)
-    whole = v.ndim == 2 and len(v) == tokens and v.size(1) % heads == 0
-    _expect("v", v, whole, f"({tokens}, {heads} * V)", (qk.dtype,), qk.device)
+    whole = qk.shape[-1] % (2 * heads * (1 if cos is None else 4)) == 0 if qk.ndim else False
+    _expect("qk", qk, ("T", f"2 * {heads} * W"), (qk.dtype,), None, whole, ", W with cos a multiple of 4")
+    tokens, rows, width, same = len(qk), len(qk) * (1 + paired), qk.size(1) // (2 * heads), ((qk.dtype,), qk.device)
+    _expect("v", v, (tokens, f"{heads} * V"), *same, v.ndim == 2 and v.size(1) % heads == 0)
+    _expect("gate", gate, (tokens, heads), *same)
     for x in (first, last):
-        _expect("what documents made", x, x.shape == (tokens,), (tokens,), (torch.int32,), qk.device)
-    cos, sin = (x if x is None or x.ndim == 0 else x[:rows] for x in (cos, sin))  # they may be longer
-    for name, x, shape in (("gate", gate, (tokens, heads)), ("start of cos", cos, (rows, width // 4)),
-                           ("start of sin", sin, (rows, width // 4))):
-        _expect(name, x, x is None or x.shape == shape, shape, (qk.dtype,), qk.device)
+        _expect("what documents made", x, (tokens,), (torch.int32,), qk.device)
+    for name, x in (("start of cos", cos), ("start of sin", sin)):  # they may be longer
+        _expect(name, x if x is None or x.ndim == 0 else x[:rows], (rows, width // 4), *same)
 
 
-# Measured on an H200 at widths of 128: two programs of 4 warps, the default, share a multiprocessor: one's softmax runs
-# beside the other's products. Wider tiles, 8 warps, and loops split into masked and unmasked parts were all slower.
+# Measured on an H200 at widths of 128: wider tiles, 8 warps and loops split at the masked part were all slower.
 TILE, SMALL_WINDOW = 64, 128
 TO_LOG2, NORM_EPS = tl.constexpr(1.4426950408889634), tl.constexpr(1.1920928955078125e-07)  # the latter 2^-23
 
@@ -241,9 +244,8 @@ def _attention_prepare(qk_ptr, q_ptr, k_ptr, cos_ptr, sin_ptr, grad_ptr, T, HEAD
     inside, token = tokens[:, None] < T, tokens[:, None].to(tl.int64)
     moved = (q_ptr if section == 0 else k_ptr) + (token * HEADS + head) * WIDTH + cols
     at = ((2 * token + section) * HEADS + head) * WIDTH
-    # The still half of a key goes to the row after; the first row keeps its own too.
-    later = (cols >= WIDTH // 2) & (section == 1) & OFFSET
-    first, ahead = later & (rows[:, None] == 0), tl.where(later, HELD * WIDTH, 0)
+    later = (cols >= WIDTH // 2) & (section == 1) & OFFSET  # the still half of a key, which goes to the row after
+    first, ahead = later & (rows[:, None] == 0), tl.where(later, HELD * WIDTH, 0)  # the first row keeps its own too
     found = inside & (rows[:, None] + later.to(tl.int32) < T * PARTS)
     if grad_ptr is None:
         x = tl.load(qk_ptr + at + cols, mask=inside, other=0.0).to(tl.float32)
@@ -405,10 +407,8 @@ def _attention_outputs(qk, v, first, last, heads, window, scale, cos=None, sin=N
                        key_offset=False):
     _check_attention(qk, v, first, last, heads, window, scale, cos, sin, gate, paired, key_offset)
     widths, tokens, parts = (qk.size(1) // (2 * heads), v.size(1) // heads), len(qk), 1 + paired
-    if not all(width == 64 or width == 128 for width in widths):
-        raise ValueError(f"the widths of Q/K and V are {widths[0]} and {widths[1]}: each must be 64 or 128.")
-    if qk.dtype not in (torch.bfloat16, torch.float16) and (qk.is_cuda or qk.dtype != torch.float32):
-        raise ValueError(f"qk is {qk.dtype}: convert it to bfloat16 or float16.")
+    fits = all(width == 64 or width == 128 for width in widths)
+    _expect("qk", qk, qk.shape, FLOATS[:2 if qk.is_cuda else 3], None, fits, ", widths of heads of it and v 64 or 128")
     lse = qk.new_empty(heads // parts, -(-tokens * parts // TILE) * TILE, dtype=torch.float32)
     q, k = (qk.new_empty(tokens if paired or cos is not None else 0, heads * widths[0]) for _ in range(2))
     return torch.empty_like(v), lse, q, k
@@ -464,35 +464,28 @@ def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> 
 
 
 # --- The MLP's matrix products with ReLU^2 ----------------------------------------------------------------------------
-#     forward   post = relu(scale * x W')^2        post8 = e4m3(post / out_scale)        amax = max post
-#     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2;  dpre8 = e5m2(dpre / out_scale)
-# a     (T, D)   bf16, fp16, fp32 (not with out_scale) or FP8 (the reference: any)  input x, or gradient g of the output
-# w     (F, D)   a's dtype; with FP8 x e4m3, with FP8 g e4m3 or e5m2, row-major      up matrix; down matrix, post @ w
-# post  (T, F)   a's dtype, bf16 for FP8, backward also e4m3; None: forward
+#     forward   post = relu(scale * x W')^2        amax = max post
+#     backward  dpre = 2 * scale * (g W') * sqrt(post), the gradient before the ReLU^2
+# a     (T, D)   bf16, fp16, fp32 (not with out_scale) or e4m3 (reference: any)  input x, or the output's gradient g
+# w     (F, D)   a's dtype, row-major                                                up matrix; down matrix, post @ w
+# post, dpre (T, F)  a's dtype, bf16 for e4m3, backward post also e4m3               post None: forward
 # scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1  (squared after x W': below 1e19)  product of FP8 operands' scales
-# post8 (T, F)   and, transposed, in post's place, post8_t (F, T), e4m3, saturated   with out_scale (), fp32 from 1e-30
-# amax  (n,)     fp32, a maximum a program, not rounded, where no NaN is; with post8   for another out_scale next time
-# dpre  (T, F)   a's dtype, bf16 for FP8; where out_scale is given, dpre8 (T, F), e5m2, in its place, and dpre8_t (F, T)
-#
+# out8  (T, F)   post or dpre over out_scale in e4m3, saturated, and, transposed, out8_t (F, T): in the place of post or
+#                dpre, but beside a post that is not transposed                      with out_scale (), fp32 from 1e-30
+# amax  (n,)     fp32, a maximum a program, not rounded, where no NaN is             with such a post
 # Arithmetic is fp32, each output rounded once; FP8 products accumulate at the tensor cores' own precision, on Hopper
 # about 14 bits (max_num_imprecise_acc is left at its default). Rows must be multiples of 16 bytes, as descriptors want.
 # Sources: ReLU^2 is that of Primer (arXiv 2109.08668); FP8 is that of modded-nanogpt's records #84, #89 and #92.
 
-# (BM, BN, BK, GROUP, stages, warps) by the bytes of an operand's element: large tiles for the fewest loads.
-RELU_SQUARE_TILES = {1: (128, 256, 128, 8, 4, 8), 2: (128, 256, 64, 1, 4, 8), 4: (64, 64, 32, 1, 2, 4)}
-
 
 def _check_relu_square(a, w, post, *scales) -> torch.dtype:
     """The dtype of post, where the operands a (x or g), w and, backward, post fit together."""
-    fp8 = (E4M3,) if post is None else (E4M3, E5M2)
-    wide, few = (torch.bfloat16, fp8) if a.dtype in fp8 else (a.dtype, (a.dtype,))
-    _expect("the first operand", a, a.ndim == 2 and 0 not in a.shape, "(T, D), neither of them 0",
-            (*FLOATS, torch.float64, *fp8))
-    _expect("w", w, w.ndim == 2 and len(w) > 0 and w.shape[1] == a.shape[1], f"(F, {a.shape[1]})", few, a.device)
-    _expect("post", post, post is None or post.shape == (len(a), len(w)), (len(a), len(w)),
-            (wide, E4M3) if a.dtype in fp8 else (wide,), a.device)
+    wide = torch.bfloat16 if a.dtype == E4M3 else a.dtype
+    _expect("the first operand", a, ("T", "D"), (*FLOATS, torch.float64, E4M3))
+    _expect("w", w, ("F", a.shape[1]), (a.dtype,), a.device)
+    _expect("post", post, (len(a), len(w)), dict.fromkeys((wide, a.dtype)), a.device)
     for scale in scales:
-        _expect("a scale", scale, scale is None or scale.ndim == 0, "one number, ()", (torch.float32,), a.device)
+        _expect("a scale", scale, (), (torch.float32,), a.device, rule=", one number")
     return wide
 
 
@@ -501,18 +494,17 @@ def relu_square_reference(a, w, post=None, scale=None, out_scale=None, transpose
     dtype, forward = _check_relu_square(a, w, post, scale, out_scale), post is None
     a, w = (t if t.dtype == torch.float64 else t.float() for t in (a, w))
     product = a @ w.t() * (1 if scale is None else scale)
-    wide = product.relu().square() if forward else 2 * product * post.to(a.dtype).sqrt()
-    out = wide.to(dtype)
+    out = product.relu().square() if forward else 2 * product * post.to(a.dtype).sqrt()
     if out_scale is None:
-        return [out]
-    fp8, limit = (E4M3, E4M3_MAX) if forward else (E5M2, E5M2_MAX)
-    out8 = (wide / out_scale).clamp(-limit, limit).to(fp8)
-    outputs = [out] * (not transposed) + [out8, wide.max().float().reshape(1)] if forward else [out8]
-    return outputs + [out8.t().contiguous()] * transposed
+        return [out.to(dtype)]
+    out8 = (out / out_scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+    if transposed:
+        return [out8, out8.t().contiguous()]
+    return [out.to(dtype), out8, out.max().float().reshape(1)] if forward else [out8]
 
 
 @jit
-def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr, M, N, K, LIMIT: tl.constexpr,
+def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr, M, N, K, SATURATE: tl.constexpr,
                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     """Each program takes every num_programs-th tile (BM, BN). a, w and out are descriptors, which read zeros and write
     nothing outside their matrix; the rest are pointers. None: the mode has no such tensor."""
@@ -548,8 +540,8 @@ def _relu_square_tiles(a, w, post, out, out8, scale_ptr, out_scale_ptr, amax_ptr
                 out.store([row, col + i * (BN // 4)], value.to(out.dtype))
             if out8 is not None:
                 value *= factor8
-                if LIMIT is not None:
-                    value = tl.clamp(value, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+                if SATURATE:  # the GPU's conversions do it anyway
+                    value = tl.clamp(value, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
                 tl.store(out8 + offsets, value.to(out8.dtype.element_ty), mask=inside)
     if amax_ptr is not None:
         top = 2.0 * tl.max(largest)
@@ -656,39 +648,37 @@ def _hopper_relu_square_backward(g, w, post, dpre):
 
 def _relu_square_outputs(a, w, post=None, scale=None, out_scale=None, transposed=False) -> list[Tensor | None]:
     """[post or dpre, its FP8 copy, amax, the copy transposed]: None for what the mode has not."""
-    wide, forward, scaled = _check_relu_square(a, w, post, scale, out_scale), post is None, out_scale is not None
-    shape, fp8 = (len(a), len(w)), E4M3 if forward else E5M2
-    return [a.new_empty(shape, dtype=wide) if not scaled or forward and not transposed else None,
-            a.new_empty(shape, dtype=fp8) if scaled else None,
-            a.new_empty(_multiprocessors(a), dtype=torch.float32) if scaled and forward else None,
-            a.new_empty(shape[::-1], dtype=fp8) if scaled and transposed else None]
+    wide, shape, scaled = _check_relu_square(a, w, post, scale, out_scale), (len(a), len(w)), out_scale is not None
+    both = scaled and post is None and not transposed
+    return [a.new_empty(shape, dtype=wide) if both or not scaled else None,
+            a.new_empty(shape, dtype=E4M3) if scaled else None,
+            a.new_empty(_multiprocessors(a), dtype=torch.float32) if both else None,
+            a.new_empty(shape[::-1], dtype=E4M3) if scaled and transposed else None]
 
 
 @operation(relu_square_reference, outputs=lambda *args: [t for t in _relu_square_outputs(*args) if t is not None])
 def relu_square(a: Tensor, w: Tensor, post: Tensor | None = None, scale: Tensor | None = None,
                 out_scale: Tensor | None = None, transposed: bool = False) -> list[Tensor]:
-    """Forward, without post: [post], with out_scale [post, post8, amax], transposed [post8, amax, post8_t].
-    Backward, with post: [dpre], with out_scale [dpre8], transposed [dpre8, dpre8_t]: only with out_scale is any."""
+    """Forward, without post: [post], with out_scale [post, out8, amax]; backward, with post: [dpre], with out_scale
+    [out8]. Both, with out_scale and transposed, without which that says nothing: [out8, out8_t]."""
     outputs = out, out8, amax, out8_t = _relu_square_outputs(a, w, post, scale, out_scale, transposed)
-    for t in (a, w, post, out, out8, out8_t):
-        if t is not None and t.shape[1] * t.itemsize % 16:
-            raise ValueError(f"{t.dtype} matrix {tuple(t.shape)} has rows that are no multiple of 16 bytes: pad T, D "
-                             f"and F to multiples of {16 // t.itemsize}.")
-    if a.itemsize > 4 or (a.itemsize == 4 and out8 is not None):
-        raise ValueError(f"the kernel has no {a.dtype} operands{' for FP8 outputs' * (a.itemsize == 4)}: convert them.")
+    _expect("the first operand", a, a.shape, (*FLOATS[:2 if out8 is not None else 3], E4M3))
+    for t in (t for t in (a, w, post, out, out8, out8_t) if t is not None):
+        _expect("a matrix", t, t.shape, (t.dtype,), None, t.shape[1] * t.itemsize % 16 == 0,
+                f" padded in T, D and F to multiples of {16 // t.itemsize}")
     a, w, post = (t if t is None else _aligned(t) for t in (a, w, post))
     if (out8 is None and post is not None and scale is None and a.dtype == torch.bfloat16 and a.is_cuda
             and gluon is not PLAIN and torch.cuda.get_device_capability(a.device)[0] == 9):
         descriptors = (HopperDescriptor.from_tensor(t, HOPPER_BLOCK, HOPPER_LAYOUT) for t in (a, w, post, out))
         _hopper_relu_square_backward[(_multiprocessors(a),)](*descriptors, num_warps=4, maxnreg=168)
         return [out]
-    bm, bn, bk, group, stages, warps = RELU_SQUARE_TILES[a.itemsize]
+    bm, bn, bk, group, stages, warps = {  # large tiles for the fewest loads
+        1: (128, 256, 128, 8, 4, 8), 2: (128, 256, 64, 1, 4, 8), 4: (64, 64, 32, 1, 2, 4)}[a.itemsize]
     stages -= post is not None  # post needs the shared memory of one on its way to the products' layout
     tiled = TensorDescriptor.from_tensor
-    limit = None if a.is_cuda else E4M3_MAX if post is None else E5M2_MAX  # the GPU's conversions saturate anyway
     _relu_square_tiles[(_multiprocessors(a),)](
         tiled(a, [bm, bk]), tiled(w, [bn, bk]), post, None if out is None else tiled(out, [bm, bn // 4]), out8,
-        scale, out_scale, amax, len(a), *w.shape, limit, bm, bn, bk, group, num_stages=stages, num_warps=warps)
+        scale, out_scale, amax, len(a), *w.shape, not a.is_cuda, bm, bn, bk, group, num_stages=stages, num_warps=warps)
     if out8_t is not None:  # Triton 3.6 stores wrong bytes when FP8 values are written both straight and turned
         _turn(out8.view(torch.uint8), out8_t.view(torch.uint32), 4, False)
     return [t for t in outputs if t is not None]
@@ -701,8 +691,8 @@ def number(like: Tensor, value: Tensor | float) -> Tensor:
 
 def fp8_matmul(a: Tensor, b: Tensor, scale_a, scale_b, fast: bool = False, dtype=torch.bfloat16) -> Tensor:
     """(M, K) row-major @ (K, N) column-major, both FP8, to dtype. Gradients need the slower, exact accumulation."""
-    _expect("a", a, a.ndim == 2, "(M, K)", (E4M3, E5M2))
-    _expect("b'", b.t(), len(b) == a.size(1), f"(N, {a.size(1)})", (E4M3, E5M2), a.device)
+    _expect("a", a, ("M", "K"), (E4M3, E5M2))
+    _expect("b'", b.t(), ("N", a.size(1)), (E4M3, E5M2), a.device)
     return torch._scaled_mm(a, b, number(a, scale_a), number(a, scale_b), out_dtype=dtype, use_fast_accum=fast)
 
 
@@ -715,9 +705,8 @@ class ReluSquareMLP(torch.autograd.Function):
             ctx.save_for_backward(x, w_up, w_down, post)
             return post @ w_down
         by_x, by_w, by_post, *_ = scales
-        (x8, x_t), (up, up_t), (down, down_t) = (
-            quantize_transpose(t, by, E4M3) for t, by in ((x, by_x), (w_up, by_w), (w_down, by_w)))
-        post, _, post_t = relu_square(x8, up, None, by_x * by_w, by_post, True)
+        (x8, x_t), (up, up_t), (down, down_t) = map(quantize_transpose, (x, w_up, w_down), (by_x, by_w, by_w))
+        post, post_t = relu_square(x8, up, None, by_x * by_w, by_post, True)
         ctx.save_for_backward(x_t, up_t, down, post, post_t)
         return fp8_matmul(post, down_t.t(), by_post, by_w, True, x.dtype)  # a .to here loses torch 2.11 the gradients
 
@@ -729,7 +718,7 @@ class ReluSquareMLP(torch.autograd.Function):
             (dpre,) = relu_square(g, down, post)
             return dpre @ up, dpre.t() @ x, post.t() @ g, None
         by_x, by_w, by_post, by_g, by_dpre = ctx.scales
-        g, g_t = quantize_transpose(g, by_g, E5M2)
+        g, g_t = quantize_transpose(g, by_g)
         dpre, dpre_t = relu_square(g, down, post, by_g * by_w * by_post.sqrt(), by_dpre, True)
         return (fp8_matmul(dpre, up.t(), by_dpre, by_w), fp8_matmul(dpre_t, x.t(), by_dpre, by_x),
                 fp8_matmul(post_t[0], g_t.t(), by_post, by_g), None)
@@ -737,8 +726,8 @@ class ReluSquareMLP(torch.autograd.Function):
 
 def _check_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float]) -> None:
     _check_relu_square(x, w_up, None)
-    _expect("x", x, True, "(T, D)", (*FLOATS, torch.float64))
-    _expect("w_down", w_down, w_down.shape == w_up.shape, tuple(w_up.shape), (x.dtype,), x.device)
+    _expect("x", x, ("T", "D"), (*FLOATS, torch.float64))
+    _expect("w_down", w_down, w_up.shape, (x.dtype,), x.device)
     if scales and not (len(scales) == 5 and min(scales) > 0 and all(n % 16 == 0 for n in (*x.shape, len(w_up)))):
         raise ValueError(f"scales are {scales}, x {tuple(x.shape)}, w_up {tuple(w_up.shape)}: pass five above 0, of x, "
                          "the matrices, post, g and dpre, and T, D and F that 16 divides, or no scales.")
@@ -766,7 +755,6 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[fl
 # losses  (T,)    fp32 (float64 for float64 logits)
 # grad    (T, V)  bf16, fp16, fp32 or float8_e5m2 (clamped; GPUs from 8.9 on)    grad_scale * d losses_i / d logit_ij
 # grad_t  (V, T)  grad transposed, contiguous; (0, 0) unless both_layouts        FP8 products want the inner axis so
-#
 # Terms with a target of -1 are left out: so the loss over a sample of the vocabulary is this one, of the sample's
 # columns and candidate_positions(targets, ...). grad goes into the backward pass of what made the logits.
 # bf16 logits go through the GPU's tanh, off by 2^-11, less than their own 2^-9; others keep fp32's: losses to 1e-6.
@@ -793,10 +781,10 @@ def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tens
 def _check_cross_entropy(logits, targets, weights, grad_dtype, *dtypes: torch.dtype) -> None:
     if grad_dtype not in (*dtypes, E5M2):
         raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*dtypes, E5M2)}.")
-    _expect("logits", logits, logits.ndim == 2 and 0 not in logits.shape, "(T, V), neither of them 0", dtypes)
-    fits, shape = weights.ndim == 1 and 1 <= weights.numel() <= MAX_TARGETS, (len(logits), weights.numel())
-    _expect("weights", weights, fits, f"(K,), 1 <= K <= {MAX_TARGETS}", (torch.float32,), logits.device)
-    _expect("targets", targets, targets.shape == shape, f"(T, K), {shape}", (torch.int32, torch.int64), logits.device)
+    _expect("logits", logits, ("T", "V"), dtypes)
+    few = weights.numel() <= MAX_TARGETS
+    _expect("weights", weights, ("K",), (torch.float32,), logits.device, few, f", K <= {MAX_TARGETS}")
+    _expect("targets", targets, (len(logits), len(weights)), (torch.int32, torch.int64), logits.device)
 
 
 @torch.no_grad()
@@ -810,8 +798,7 @@ def softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, gra
     losses = -(weight * prob.gather(1, index).log()).sum(1)
     # d z / d logit = CAP / WIDTH * sig * (1 - sig); the constant goes where it multiplies least.
     scaled = weight * (grad_scale * CAP / WIDTH)
-    grad = prob.mul_(scaled.sum(1, keepdim=True)).scatter_add_(1, index, -scaled)
-    grad = grad.mul_(sig.addcmul_(sig, sig, value=-1))
+    grad = prob.mul_(scaled.sum(1, keepdim=True)).scatter_add_(1, index, -scaled).mul_(sig.addcmul_(sig, sig, value=-1))
     grad = (grad.clamp_(-E5M2_MAX, E5M2_MAX) if grad_dtype == E5M2 else grad).to(grad_dtype)
     return losses, grad, grad.t().contiguous() if both_layouts else grad.new_empty(0, 0)
 
@@ -824,8 +811,7 @@ LOSS_DROP, LOSS_MIDDLE = tl.constexpr(-LOSS_LOG2E * CAP), tl.constexpr(LOSS_LOG2
 LOSS_CAP, LOSS_STEEPNESS, LOSS_E5M2_MAX = tl.constexpr(CAP), tl.constexpr(CAP / WIDTH), tl.constexpr(E5M2_MAX)
 LOSS_FLOOR = tl.constexpr(2.718281828459045 ** (-CAP / 2))
 # PTX from 4 bf16 logits to 4 exp(z - CAP / 2), and in bf16 to these times 1 - tanh^2 = 4 * sig * rest, where tanh is of
-# (logit + SHIFT) / (2 * WIDTH): 2 special functions an element, which run at 1/8 of the rate of others. What Triton
-# would make of the same lines costs more: it computes a tile again for its transpose.
+# (logit + SHIFT) / (2 * WIDTH). What Triton would make of such lines costs more: it computes a tile again to turn it.
 LOSS_HEX = ["0f" + struct.pack(">f", x).hex() for x in (0.5 / WIDTH, 0.5 * SHIFT / WIDTH, CAP / 2 * LOSS_LOG2E)]
 LOSS_PTX = tl.constexpr("{ .reg .f32 x, t, s0, s1; .reg .b32 i; " + "".join(
     (f"and.b32 i, ${n // 2 + 6}, 0xffff0000; " if n % 2 else f"shl.b32 i, ${n // 2 + 6}, 16; ")
@@ -977,9 +963,8 @@ def softcapped_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, g
 #     gram(x) = x x' (R <= C) or x' x (R > C)            gram(x, b, c) = b x + c x x', for a symmetric x
 #     orthogonalise(g):   x = g / (1.02 ||g||_F + 1e-6),   then for the a, b, c of each of five rounds
 #         step = gram(gram(x), b, c),   x = a x + step x (R <= C) or a x + x step (R > C)
-# x, g    (N, R, C)  bf16, fp16 or fp32 (the reference also float64), contiguous    N matrices of one shape
+# x, g    (N, R, C)  bf16, or for NAME.kernel alone fp16 or fp32 (small ones overflow in fp16), contiguous, one shape
 # results of the arguments' dtype; sums in fp32, and gram, step and x are rounded to that dtype between the products
-#
 # Of a symmetric product only the tiles on and below the diagonal are computed, each stored twice. ||g||^2 is the trace
 # of g's own Gram matrix, and the first step makes up for the scale: so ||g||_F must be below 1e8.
 # Sources: Muon (K. Jordan et al. 2024); Polar Express (arXiv 2505.16932), five rounds, safety factor 1.02.
@@ -993,8 +978,8 @@ POLAR_EXPRESS = (  # a, b, c of each round
 
 
 def _check_matrices(name: str, x: Tensor, *dtypes: torch.dtype, square: bool = False) -> None:
-    fits = x.ndim == 3 and 0 not in x.shape and (not square or x.shape[1] == x.shape[2])
-    _expect(name, x, fits, f"({'N, S, S' if square else 'N, R, C'}), none of them 0", dtypes)
+    fits = not square or x.shape[1:2] == x.shape[2:]
+    _expect(name, x, ("N", "S", "S") if square else ("N", "R", "C"), dtypes, None, fits)
 
 
 @torch.no_grad()
@@ -1070,7 +1055,6 @@ def _run_symmetric_product(x: Tensor, *factors: float, scaled: bool = False) -> 
     return out
 
 
-# In bf16 only: fp16 is for the tests, very small matrices overflow in it.
 @operation(gram_reference, outputs=lambda x, *_: x.new_empty(len(x), *[min(x.shape[1:])] * 2), dtypes=(torch.bfloat16,))
 def gram(x: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
     """x x' or, where x is tall, x' x; with b and c b x + c x x', for symmetric x."""
@@ -1090,45 +1074,35 @@ def orthogonalise(g: Tensor) -> Tensor:
     return x
 
 
-# --- Transposes: a copy, an addition in place, quantised to FP8 both ways ---------------------------------------------
-#     transpose_copy:  out = src'           transpose_add_:  dst += src'
-#     quantize_transpose:  q = clamp(x * (1 / scale)) in FP8,  q_t = q'
-# src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; of transpose_add_: bf16 or fp32 (the references also of 8)
-# out, dst (N, M)  src's dtype, contiguous; dst of transpose_add_ may be of another dtype than src, not src itself
+# --- Transposes: a copy, an addition, quantised to FP8 both ways ------------------------------------------------------
+#     transpose_:  dst = src', or with add dst += src'
+#     quantize_transpose:  q = e4m3(clamp(x * (1 / scale))),  q_t = q'
+# src   (M, N)  any dtype of 1, 2 or 4 bytes, contiguous; with add bf16, fp16 or fp32 (the reference also of 8)
+# dst   (N, M)  src's dtype, contiguous, not src itself; with add any of its dtypes
 # x     (M, N)  bf16, fp16 or fp32, contiguous, multiples of 16 (FP8 products want the same); M, N below 2^24 here
-# q, q_t  x's shape and its transpose, float8_e4m3fn or float8_e5m2        scale ()  fp32, in the device's memory
-
-TURN_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
+# q, q_t  x's shape and its transpose, float8_e4m3fn        scale ()  fp32, in the device's memory
 
 
-def _check_turn(src: Tensor, dst: Tensor | None = None, dtypes: Sequence[torch.dtype] | None = None) -> None:
-    _expect("src", src, src.ndim == 2 and 0 not in src.shape, "(M, N), neither of them 0", dtypes or (src.dtype,))
-    if dst is not None:
-        _expect("dst", dst, dst.shape == src.shape[::-1], tuple(src.shape[::-1]), dtypes, src.device)
+def _check_transpose(dst: Tensor, src: Tensor, add: bool, *sizes: int) -> None:
+    """Both of a dtype of one of the sizes in bytes."""
+    dtypes = [t for t in ((*FLOATS, torch.float64) if add else (src.dtype,)) if t.itemsize in sizes]
+    _expect("src", src, ("M", "N"), dtypes, None, bool(dtypes), f", of {sizes} bytes")
+    _expect("dst", dst, src.shape[::-1], dtypes, src.device)
 
 
-def _check_quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-    whole = x.ndim == 2 and 0 not in x.shape and x.shape[0] % 16 == x.shape[1] % 16 == 0
-    _expect("x", x, whole, "(M, N), multiples of 16", FLOATS)
-    _expect("scale", scale, scale.ndim == 0, (), (torch.float32,), x.device)
-    if dtype not in (E4M3, E5M2):
-        raise ValueError(f"dtype is {dtype}: pass {E4M3} or {E5M2}.")
+def _check_quantize(x: Tensor, scale: Tensor) -> None:
+    _expect("x", x, ("M", "N"), FLOATS, None, all(size % 16 == 0 for size in x.shape), ", multiples of 16")
+    _expect("scale", scale, (), (torch.float32,), x.device)
 
 
-def transpose_copy_reference(src: Tensor) -> Tensor:
-    _check_turn(src)
-    return src.t().contiguous()
+def transpose_reference_(dst: Tensor, src: Tensor, add: bool = False) -> None:
+    _check_transpose(dst, src, add, 1, 2, 4, 8)
+    dst.copy_(dst + src.t() if add else src.t())
 
 
-def transpose_add_reference_(dst: Tensor, src: Tensor) -> None:
-    _check_turn(src, dst, (torch.bfloat16, torch.float32, torch.float64))
-    dst.add_(src.t())
-
-
-def quantize_transpose_reference(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    _check_quantize(x, scale, dtype)
-    limit = torch.finfo(dtype).max
-    q = (x.float() * (1 / scale)).clamp(-limit, limit).to(dtype)
+def quantize_transpose_reference(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    _check_quantize(x, scale)
+    q = (x.float() * (1 / scale)).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
     return q, q.t().contiguous()
 
 
@@ -1162,22 +1136,21 @@ def _transpose(src_ptr, dst_ptr, M, N, PACK: tl.constexpr, ADD: tl.constexpr, BM
 
 
 @jit
-def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, M, N, DTYPE: tl.constexpr, LIMIT: tl.constexpr,
-                        ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """As _transpose with words of 4 rows."""
+def _quantize_transpose(x_ptr, scale_ptr, q_ptr, t_ptr, M, N, PTX: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """As _transpose with words of 4 rows. PTX: not in the interpreter."""
     src, src_inside, dst, dst_inside = _turn_tiles(M, N, 4, BM, BN)
     inverse, parts = tl.div_rn(1.0, tl.load(scale_ptr)), ()
     for r in tl.static_range(4):
         x = tl.load(x_ptr + src + r * N, mask=src_inside, other=0.0).to(tl.float32)
-        x = tl.clamp(x * inverse, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(q_ptr + src + r * N, x.to(DTYPE).to(tl.uint8, bitcast=True), mask=src_inside)
+        x = tl.clamp(x * inverse, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(q_ptr + src + r * N, x.to(tl.float8e4nv).to(tl.uint8, bitcast=True), mask=src_inside)
         parts = parts + (x,)
-    if ASM is not None:  # None: the interpreter, which runs no PTX
-        word = tl.inline_asm_elementwise(ASM, "=r,r,r,r,r", parts, tl.uint32, is_pure=True, pack=1)
+    if PTX:
+        word = tl.inline_asm_elementwise(E4M3_WORD, "=r,r,r,r,r", parts, tl.uint32, is_pure=True, pack=1)
     else:
         word = tl.zeros([BM, BN], tl.uint32)
         for r in tl.static_range(4):
-            word |= parts[r].to(DTYPE).to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * r)
+            word |= parts[r].to(tl.float8e4nv).to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * r)
     tl.store(t_ptr + dst, tl.trans(word), mask=dst_inside)
 
 
@@ -1187,35 +1160,25 @@ def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
     _transpose[grid](src, dst, m, n, PACK=pack, ADD=add, BM=bm, BN=bn, num_warps=8)
 
 
-@operation(transpose_copy_reference, outputs=lambda src: src.new_empty(src.shape[::-1]))
-def transpose_copy(src: Tensor) -> Tensor:
-    """src', contiguous."""
-    _check_turn(src)
-    if src.itemsize not in TURN_UNSIGNED:
-        raise ValueError(f"src is {src.dtype}: its elements must have 1, 2 or 4 bytes.")
-    out, pack = src.new_empty(src.shape[::-1]), 4 // src.itemsize if len(src) * src.itemsize % 4 == 0 else 1
-    _turn(src.view(TURN_UNSIGNED[src.itemsize]), out.view(TURN_UNSIGNED[pack * src.itemsize]), pack, False)
-    return out
+@operation(transpose_reference_, outputs=lambda *_: None, changes=("dst",))
+def transpose_(dst: Tensor, src: Tensor, add: bool = False) -> None:
+    """dst = src', or with add dst += src'."""
+    _check_transpose(dst, src, add, 1, 2, 4)
+    word = src.itemsize if add or len(src) * src.itemsize % 4 else 4  # bytes
+    if not add:
+        src, dst = (t.view(getattr(torch, f"uint{8 * size}")) for t, size in ((src, src.itemsize), (dst, word)))
+    _turn(src, dst, word // src.itemsize, add)
 
 
-@operation(transpose_add_reference_, outputs=lambda dst, src: None, changes=("dst",))
-def transpose_add_(dst: Tensor, src: Tensor) -> None:
-    """dst += src'."""
-    _check_turn(src, dst, (torch.bfloat16, torch.float32))
-    _turn(src, dst, 1, True)
-
-
-@operation(quantize_transpose_reference, outputs=lambda x, scale, dtype: (
-    torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)))
-def quantize_transpose(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(q, q_t): x / scale in FP8, saturated, and the same transposed."""
-    _check_quantize(x, scale, dtype)
-    q, q_t = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[::-1], dtype=dtype)
-    (m, n), (bm, bn), e4m3 = x.shape, (16, 128), dtype == E4M3
+@operation(quantize_transpose_reference, outputs=lambda x, scale: (
+    torch.empty_like(x, dtype=E4M3), x.new_empty(x.shape[::-1], dtype=E4M3)))
+def quantize_transpose(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(q, q_t): x / scale in e4m3, saturated, and the same transposed."""
+    _check_quantize(x, scale)
+    q, q_t = torch.empty_like(x, dtype=E4M3), x.new_empty(x.shape[::-1], dtype=E4M3)
+    (m, n), (bm, bn) = x.shape, (16, 128)
     _quantize_transpose[(triton.cdiv(m // 4, bm) * triton.cdiv(n, bn),)](
-        x, scale, q.view(torch.uint8), q_t.view(torch.uint32), m, n, DTYPE=tl.float8e4nv if e4m3 else tl.float8e5,
-        LIMIT=torch.finfo(dtype).max, ASM=None if INTERPRETED else (E4M3_WORD if e4m3 else E5M2_WORD).value, BM=bm,
-        BN=bn, num_warps=4)
+        x, scale, q.view(torch.uint8), q_t.view(torch.uint32), m, n, not INTERPRETED, bm, bn, num_warps=4)
     return q, q_t
 
 

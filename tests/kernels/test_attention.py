@@ -242,8 +242,8 @@ def test_a_kernel_may_be_the_first_work_of_a_thread():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"qk": torch.zeros(5, 128)}, "widths of Q/K and V are 32 and 64: each must be"),
-    ({"v": torch.zeros(5, 64)}, "widths of Q/K and V are 64 and 32: each must be"),
+    ({"qk": torch.zeros(5, 128)}, r"qk must be .*widths of heads of it and v 64 or 128.*of shape \(5, 128\)"),
+    ({"v": torch.zeros(5, 64)}, r"qk must be .*widths of heads of it and v 64 or 128"),
     ({"qk": torch.zeros(5, 255)}, r"qk must be \(T, 2 \* 2 \* W\).*of shape \(5, 255\)"),
     ({"v": torch.zeros(4, 128)}, r"v must be \(5, 2 \* V\).*of shape \(4, 128\)"),
     ({"v": torch.zeros(5, 127)}, r"v must be \(5, 2 \* V\).*of shape \(5, 127\)"),
@@ -281,5 +281,5 @@ def test_wrong_arguments_are_named(change, message):
 def test_the_kernels_refuse_float64():
     where = tk.documents(torch.tensor([0, 5], dtype=torch.int32, device=DEVICE), 5, 5)
     qk, v = (torch.zeros(5, columns, dtype=torch.float64, device=DEVICE) for columns in (128, 64))
-    with pytest.raises(ValueError, match="qk is torch.float64: convert it to bfloat16 or float16"):
+    with pytest.raises(ValueError, match="qk must be .*bfloat16 or torch.float16.*, not torch.float64"):
         tk.attention(qk, v, where, 1, 3, 0.1)

@@ -14,9 +14,9 @@ needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 E4, E5, F16, BF16, F32, F64 = (
     torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float32, torch.float64,
 )  # fmt: skip
-TOLERANCE = {F64: 1e-12, F32: 1e-5, F16: 1e-2, BF16: 1e-2, E4: 0.04, E5: 0.08}  # FP8: of an RMS, half steps / sqrt(3)
+TOLERANCE = {F64: 1e-12, F32: 1e-5, F16: 1e-2, BF16: 1e-2, E4: 0.04}  # FP8: of an RMS, half a step / sqrt(3)
 if not CUDA:
-    TOLERANCE |= {E4: 0.12, E5: 0.5}  # the interpreter loses the carry when it rounds to FP8: 1.96 becomes 1.0
+    TOLERANCE |= {E4: 0.12}  # the interpreter loses the carry when it rounds to FP8: 1.96 becomes 1.0
 WORKING = [F16, F32] + [BF16] * CUDA  # the interpreter's bfloat16 products are garbage
 HALF = BF16 if CUDA else F16
 BIG = [(16384, 3072, 768), (1000, 3072, 768)] * CUDA
@@ -68,21 +68,20 @@ def check_linear_fp8(t, f, d, transposed, seed=0):
     x, w = random(t, d, dtype=E4, seed=seed), random(f, d, dtype=E4, seed=seed + 1)
     scale, post_scale = number(0.7 * d**-0.5), number(0.013)
     poison(((t, f), BF16), ((t, f), E4), ((f, t), E4))
-    exact, exact8, exact_amax = tk.relu_square_reference(*double(x, w), None, scale, post_scale)
+    exact, _, exact_amax = tk.relu_square_reference(*double(x, w), None, scale, post_scale)
     if transposed:
-        post8, amax, post8_t = tk.relu_square.kernel(x, w, None, scale, post_scale, True)
+        post8, post8_t = tk.relu_square.kernel(x, w, None, scale, post_scale, True)
         assert torch.equal(post8_t.float(), post8.t().float()) and post8_t.is_contiguous()
     else:
         post, post8, amax = tk.relu_square.kernel(x, w, None, scale, post_scale)
         assert post.dtype == BF16
         assert_close(post, exact)
+        assert_close(amax.max(), exact_amax.max(), 1e-2)  # FP8 products are summed to 14 bits
+        assert_is_largest(amax, post)
     assert post8.dtype == E4
     assert_close(post8, exact.clamp(max=448 * 0.013) / 0.013)
     if CUDA:  # but 1% of all, at the borders between codes; out_scale wrong by 3% moves 17% (34_codes.py)
         assert (post8.float() == (exact / 0.013).clamp(max=448).float().to(E4).float()).double().mean() > 0.95
-    assert_close(amax.max(), exact_amax.max(), 1e-2)  # FP8 products are summed to 14 bits
-    if not transposed:
-        assert_is_largest(amax, post)
 
 
 def check_backward(t, f, d, dtype, seed=0):
@@ -94,15 +93,17 @@ def check_backward(t, f, d, dtype, seed=0):
     assert_close(dpre, tk.relu_square_reference(*double(g, w, post))[0])
 
 
-def check_backward_fp8_outputs(t, f, d, dtype, w_dtype, scale, seed=0, post_dtype=None):
-    g, w = random(t, d, dtype=dtype, seed=seed), random(f, d, dtype=w_dtype, seed=seed + 1)
-    post = random(t, f, seed=seed + 2).relu().square().to(post_dtype or (BF16 if scale else dtype))
+def check_backward_fp8_outputs(t, f, d, dtype, post_dtype, scale, seed=0):
+    g, w = random(t, d, dtype=dtype, seed=seed), random(f, d, dtype=dtype, seed=seed + 1)
+    post = random(t, f, seed=seed + 2).relu().square().to(post_dtype)
     scale, out_scale = number(scale) if scale else None, number(0.37)
-    poison(((t, f), E5), ((f, t), E5))
+    poison(((t, f), E4), ((f, t), E4))
     dpre8, dpre8_t = tk.relu_square.kernel(g, w, post, scale, out_scale, True)
     (expected,) = tk.relu_square_reference(*double(g, w, post), scale)
-    assert dpre8.dtype == dpre8_t.dtype == E5
+    assert dpre8.dtype == dpre8_t.dtype == E4
     assert_close(dpre8, expected / 0.37)
+    if CUDA:  # as forward
+        assert (dpre8.float() == (expected / 0.37).float().to(E4).float()).double().mean() > 0.95
     assert torch.equal(dpre8_t.float(), dpre8.t().float()) and dpre8_t.is_contiguous()
 
 
@@ -127,7 +128,7 @@ def test_references_are_the_definition_and_its_derivative():
     (_, post8, _), (dpre8,) = (tk.relu_square_reference(*args, None, number(1e-20)) for args in (
         (x, down, None), (g, down, post.detach())))
     assert set(post8.float().unique().tolist()) == {0, 448}  # saturated, not NaN
-    assert set(dpre8.float().unique().tolist()) == {-tk.E5M2_MAX, 0, tk.E5M2_MAX}
+    assert set(dpre8.float().unique().tolist()) == {-448, 0, 448}
     half = random(24, 16, dtype=BF16), random(40, 16, dtype=BF16)
     _, _, amax = tk.relu_square_reference(*half, None, None, number(1.0))  # not rounded, as post is
     assert_close(amax, tk.relu_square_reference(*double(*half))[0].max()[None], 1e-5)
@@ -162,14 +163,13 @@ def test_kernel_linear_quantises_its_output_from_other_dtypes_too():
     assert_close(post8, tk.relu_square_reference(*double(x, w))[0].clamp(max=448))
 
 
-@pytest.mark.parametrize(("dtype", "w_dtype"), [(E4, E4), (E5, E4), (HALF, HALF)])
-def test_kernels_scale_outputs_that_are_not_quantised(dtype, w_dtype):
-    a, w, scale = random(48, 32, dtype=dtype), random(64, 32, dtype=w_dtype), number(0.3)
-    wide = BF16 if dtype in (E4, E5) else dtype
-    if dtype != E5:
-        (post,) = tk.relu_square.kernel(a, w, None, scale)
-        assert post.dtype == wide
-        assert_close(post, tk.relu_square_reference(*double(a, w), None, scale)[0])
+@pytest.mark.parametrize("dtype", [E4, HALF])
+def test_kernels_scale_outputs_that_are_not_quantised(dtype):
+    a, w, scale = random(48, 32, dtype=dtype), random(64, 32, dtype=dtype), number(0.3)
+    wide = BF16 if dtype == E4 else dtype
+    (post,) = tk.relu_square.kernel(a, w, None, scale)
+    assert post.dtype == wide
+    assert_close(post, tk.relu_square_reference(*double(a, w), None, scale)[0])
     post = random(48, 64, dtype=wide).relu().square()
     (dpre,) = tk.relu_square.kernel(a, w, post, scale)
     assert dpre.dtype == wide
@@ -198,10 +198,10 @@ def test_kernel_fp8_outputs_are_exact_where_nothing_is_rounded():
     """One product in each sum, integers of few bits, scales of powers of two; in the interpreter too."""
     a, w = small_integers(48, 16, low=-2, high=2), torch.eye(16, device=DEVICE).repeat(2, 1)
     product, post = a.repeat(1, 2), small_integers(48, 32, low=0, high=3).square()
-    post8, _, post8_t = tk.relu_square.kernel(a.to(E4), w.to(E4), None, number(2.0), number(0.5), True)
+    post8, post8_t = tk.relu_square.kernel(a.to(E4), w.to(E4), None, number(2.0), number(0.5), True)
     assert torch.equal(post8.float(), 8 * product.relu().square()) and torch.equal(post8_t.float(), post8.t().float())
     for dtype in (BF16, E4):
-        dpre8, dpre8_t = tk.relu_square.kernel(a.to(E5), w.to(E4), post.to(dtype), number(0.25), number(0.125), True)
+        dpre8, dpre8_t = tk.relu_square.kernel(a.to(E4), w.to(E4), post.to(dtype), number(0.25), number(0.125), True)
         assert torch.equal(dpre8.float(), 4 * product * post.sqrt()) and torch.equal(dpre8_t.float(), dpre8.t().float())
 
 
@@ -244,18 +244,17 @@ def test_kernel_backward(t, f, d, dtype):
     check_backward(t, f, d, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "w_dtype", "post_dtype", "scale"), [
-    (HALF, HALF, HALF, None), (E5, E4, BF16, 0.01), (E5, E4, E4, 0.01), (E4, E4, BF16, 0.01), (E5, E5, BF16, 0.01)])
+@pytest.mark.parametrize(("dtype", "post_dtype", "scale"), [(HALF, HALF, None), (E4, BF16, 0.01), (E4, E4, 0.01)])
 @pytest.mark.parametrize(("t", "f", "d"), [(16, 16, 16), (144, 272, 80), *BIG[:1]])
-def test_kernel_backward_with_fp8_outputs(t, f, d, dtype, w_dtype, post_dtype, scale):
-    check_backward_fp8_outputs(t, f, d, dtype, w_dtype, scale, post_dtype=post_dtype)
+def test_kernel_backward_with_fp8_outputs(t, f, d, dtype, post_dtype, scale):
+    check_backward_fp8_outputs(t, f, d, dtype, post_dtype, scale)
 
 
 def test_kernel_backward_saturates():
     g, w, post = (torch.full(s, v).to(DEVICE, F16) for s, v in (((16, 32), 30.0), ((32, 32), 30.0), ((16, 32), 9.0)))
     g[::2] *= -1
     dpre8, dpre8_t = tk.relu_square.kernel(g, w, post, None, number(1e-2), True)
-    assert (dpre8.float().abs() == tk.E5M2_MAX).all()
+    assert (dpre8.float().abs() == 448).all()
     assert (dpre8[0].float() < 0).all() and (dpre8_t[:, 1].float() > 0).all()
 
 
@@ -264,7 +263,7 @@ def test_kernels_at_random_shapes(shape):
     check_linear(*shape, HALF, seed=1)
     check_linear_fp8(*shape, True, seed=2)
     check_backward(*shape, HALF, seed=3)
-    check_backward_fp8_outputs(*shape, E5, E4, 0.01, seed=4, post_dtype=E4)
+    check_backward_fp8_outputs(*shape, E4, E4, 0.01, seed=4)
 
 
 @needs_cuda
@@ -355,12 +354,12 @@ def test_operators_give_shapes_without_running():
     x, w, post = (torch.empty(s, dtype=BF16, device="meta") for s in ((32, 16), (48, 16), (32, 48)))
     s = torch.empty((), device="meta")
     out = tk.relu_square.kernel(x, w, None, None, s, True)
-    assert [(tuple(o.shape), o.dtype) for o in out] == [
-        ((32, 48), E4), (tuple(out[1].shape), F32), ((48, 32), E4)
-    ]  # fmt: skip
+    assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), E4), ((48, 32), E4)]
+    out = tk.relu_square.kernel(x, w, None, None, s)
+    assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), BF16), ((32, 48), E4), (out[2].shape, F32)]
     assert [(tuple(o.shape), o.dtype) for o in tk.relu_square.kernel(x, w, post)] == [((32, 48), BF16)]
     out = tk.relu_square.kernel(x, w, post, None, s, True)
-    assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), E5), ((48, 32), E5)]
+    assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), E4), ((48, 32), E4)]
 
 
 @pytest.mark.usefixtures("on_a_cpu")
@@ -376,15 +375,16 @@ def test_cpu_takes_the_reference():
     [
         ({"a": torch.zeros(2, 4, 5)}, r"first operand must be \(T, D\).*of shape \(2, 4, 5\)"),
         ({"w": torch.zeros(8, 6).T}, r"w must be .*contiguous.*of shape \(6, 8\) with strides \(1, 6\)"),
-        ({"a": torch.zeros(0, 8)}, r"first operand must be .*neither of them 0.*of shape \(0, 8\)"),
+        ({"a": torch.zeros(0, 8)}, r"first operand must be .*not 0.*of shape \(0, 8\)"),
         ({"a": torch.zeros(4, 8, dtype=torch.int32)}, r"first operand must be .*bfloat16.*not torch.int32"),
         ({"w": torch.zeros(6, 9)}, r"w must be \(F, 8\).*of shape \(6, 9\)"),
         ({"post": torch.zeros(4, 7)}, r"post must be \(4, 6\).*of shape \(4, 7\)"),
         ({"w": torch.zeros(6, 8, dtype=F16)}, r"w must be .*torch.float32, not torch.float16"),
         ({"post": torch.zeros(4, 6, dtype=F16)}, r"post must be .*torch.float32, not torch.float16"),
-        ({"scale": torch.zeros(2)}, r"a scale must be one number.*of shape \(2,\)"),
-        ({"scale": torch.zeros(1, 1)}, r"a scale must be one number, \(\).*of shape \(1, 1\)"),
-        ({"a": torch.zeros(4, 8).to(E5), "w": torch.zeros(6, 8).to(E4), "post": torch.zeros(4, 6).to(E5)},
+        ({"scale": torch.zeros(2)}, r"a scale must be \(\), one number.*of shape \(2,\)"),
+        ({"scale": torch.zeros(1, 1)}, r"a scale must be \(\), one number.*of shape \(1, 1\)"),
+        ({"a": torch.zeros(4, 8).to(E5)}, r"first operand must be .*e4m3fn, not torch.float8_e5m2"),
+        ({"a": torch.zeros(4, 8).to(E4), "w": torch.zeros(6, 8).to(E4), "post": torch.zeros(4, 6).to(E5)},
          r"post must be .*bfloat16 or torch.float8_e4m3fn, not torch.float8_e5m2"),
         ({"out_scale": torch.zeros((), dtype=F64)}, r"a scale must be .*torch.float32, not torch.float64"),
         ({"w": torch.zeros(6, 8, device="meta")}, r"w must be .*on cpu.*on meta"),
@@ -413,11 +413,11 @@ def test_the_mlp_names_wrong_matrices_wherever_it_runs(function):
 
 
 def test_kernels_name_rows_they_cannot_take():
-    with pytest.raises(ValueError, match="16 bytes.*pad T, D and F to multiples of 4"):
+    with pytest.raises(ValueError, match=r"a matrix must be \(4, 6\) padded in T, D and F to multiples of 4"):
         tk.relu_square.kernel(random(4, 6), random(8, 6))
-    with pytest.raises(ValueError, match="16 bytes.*pad T, D and F to multiples of 16"):
-        tk.relu_square.kernel(random(12, 16), random(16, 16), None, None, number(1.0), True)
-    with pytest.raises(ValueError, match="no torch.float32 operands for FP8 outputs: convert"):
+    with pytest.raises(ValueError, match=r"a matrix must be \(16, 12\) padded in T, D and F to multiples of 16"):
+        tk.relu_square.kernel(*(random(n, 16, dtype=HALF) for n in (12, 16)), None, None, number(1.0), True)
+    with pytest.raises(ValueError, match="first operand must be .*float16 or torch.float8_e4m3fn, not torch.float32"):
         tk.relu_square.kernel(random(16, 16), random(16, 16), None, None, number(1.0))
-    with pytest.raises(ValueError, match="no torch.float64 operands: convert"):
+    with pytest.raises(ValueError, match="first operand must be .*, not torch.float64"):
         tk.relu_square.kernel(random(16, 16, dtype=F64), random(16, 16, dtype=F64))
