@@ -1,4 +1,4 @@
-"""How far FP8 moves a slice's gradients, the head's and the MLP's apart: 36 of NOTES.md; on a CPU, from the project's folder
+"""How far FP8 moves a slice's gradients, the head's and the MLP's apart: 36 of NOTES.md; from the project's folder
 
     python records/notes/36_scales.py
 

@@ -100,10 +100,11 @@ def check_backward_fp8_outputs(t, f, d, dtype, post_dtype, scale, seed=0):
     poison(((t, f), E4), ((f, t), E4))
     dpre8, dpre8_t = tk.relu_square.kernel(g, w, post, scale, out_scale, True)
     (expected,) = tk.relu_square_reference(*double(g, w, post), scale)
+    expected = (expected / 0.37).clamp(-448, 448)
     assert dpre8.dtype == dpre8_t.dtype == E4
-    assert_close(dpre8, expected / 0.37)
+    assert_close(dpre8, expected)
     if CUDA:  # as forward
-        assert (dpre8.float() == (expected / 0.37).float().to(E4).float()).double().mean() > 0.95
+        assert (dpre8.float() == expected.float().to(E4).float()).double().mean() > 0.95
     assert torch.equal(dpre8_t.float(), dpre8.t().float()) and dpre8_t.is_contiguous()
 
 
