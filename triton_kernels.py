@@ -1084,9 +1084,9 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 
 def _check_transpose(dst: Tensor, src: Tensor, add: bool, *sizes: int) -> None:
-    """Both of a dtype of one of the sizes in bytes."""
+    """Of dtypes of one of the sizes in bytes."""
     dtypes = [t for t in ((*FLOATS, torch.float64) if add else (src.dtype,)) if t.itemsize in sizes]
-    _expect("src", src, ("M", "N"), dtypes, None, bool(dtypes), f", of {sizes} bytes")
+    _expect("src", src, ("M", "N"), dtypes or [f"of {sizes} bytes"])
     _expect("dst", dst, src.shape[::-1], dtypes, src.device)
 
 
