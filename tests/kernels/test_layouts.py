@@ -195,7 +195,7 @@ def test_arguments_may_be_named_in_any_order():
 @runs_kernel
 def test_kernel_names_wrong_dtypes():
     x = draw(4, 6, dtype=F64)
-    for add, wanted in (False, r"on \w+(:0)?, of \(1, 2, 4\) bytes"), (True, "torch.bfloat16 or torch.float16 or torch.float32"):
+    for add, wanted in (False, r", of \(1, 2, 4\) bytes"), (True, "torch.bfloat16 or torch.float16 or torch.float32"):
         with pytest.raises(ValueError, match=f"src must be .*{wanted}.*not torch.float64"):
             tk.transpose_.kernel(x.t().contiguous(), x, add)
     with pytest.raises(ValueError, match="x must be .*torch.bfloat16 or .*, not torch.float64"):
