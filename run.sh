@@ -13,7 +13,6 @@ CDPATH='' cd "$(dirname "$self")"
 # A stable place for compiled graphs and kernels, so that the second run starts fast.
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/.cache/triton}"
-export TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1  # their code is part of the cache's key (NOTES.md, 36)
 
 # On a CPU: threads that wait asleep and memory that is kept; a busy machine is many times faster (NOTES.md, 6).
 cpu_settings() {

@@ -712,6 +712,10 @@ def adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, count: Tensor, lr: Ten
 
 def compiler(on: bool):
     """torch.compile as used here, one graph a shape, or the identity."""
+    if on:
+        torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code;
+        torch.compiler.config.cache_key_tag = runtime.file_hash("triton_kernels.py")  # an operator's backward pass by its name alone
     return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
 
 
@@ -1166,8 +1170,6 @@ class Trainer:
         self.compiled = {"on": True, "off": False, "auto": world.device.type == "cuda"}[cfg.compile]
         self.model = GPT(cfg.shape, self.dtype, kernels, read_token_tables(cfg), world.size).to(world.device)
         self.optimizer = Optimizer(self.model, cfg, world, self.compiled) if learns else None
-        if self.compiled:
-            torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
         wrap, self.graphs = compiler(self.compiled), Graphs()
         self.slice_loss, self.hidden, self.token_losses = wrap(slice_loss), wrap(self.model.forward), wrap(token_losses)
         longest = max(*(stage.tokens // cfg.slices for stage in cfg.stages), cfg.val_slice_tokens)

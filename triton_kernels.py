@@ -1164,7 +1164,7 @@ def _turn(src: Tensor, dst: Tensor, pack: int, add: bool) -> None:
 def transpose_(dst: Tensor, src: Tensor, add: bool = False) -> None:
     """dst = src', or with add dst += src'."""
     _check_transpose(dst, src, add, 1, 2, 4)
-    word = src.itemsize if add or len(src) * src.itemsize % 4 else 4  # bytes
+    word = src.itemsize if add or (len(src) * src.itemsize | dst.data_ptr()) % 4 else 4  # bytes
     if not add:
         src, dst = (t.view(getattr(torch, f"uint{8 * size}")) for t, size in ((src, src.itemsize), (dst, word)))
     _turn(src, dst, word // src.itemsize, add)

@@ -1,10 +1,15 @@
-"""CUDA graphs hold addresses: what they use stays in its place, and they compute what the functions do."""
+"""CUDA graphs hold addresses: what they use stays in its place, and they compute what the functions do. And what torch
+keeps of compiled functions is not taken for others."""
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import ROOT, tiny_config
 
 import runtime
 import train_gpt
@@ -107,3 +112,39 @@ def test_graphs_train_and_evaluate_as_the_functions_do(shards):
     for name, weight in reference.items():  # sums by atomic additions differ in their order
         assert (weights[name].float() - weight.float()).norm() < 0.05 * weight.float().norm(), name
     assert len(trainer.graphs.captured) == 3
+
+
+CACHED = """
+import sys, torch, runtime, train_gpt
+from torch._dynamo.utils import counters
+factor, tag = float(sys.argv[1]), sys.argv[2]
+compiled = train_gpt.compiler(True)
+assert torch.compiler.config.cache_key_tag == runtime.file_hash("triton_kernels.py")
+runtime.file_hash = lambda name: tag
+double = torch.library.custom_op("test::double", lambda x: x * 2, mutates_args=(), schema="(Tensor x) -> Tensor")
+double.register_fake(torch.empty_like)
+double.register_autograd(lambda ctx, g: g * factor)
+class Tenfold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+    @staticmethod
+    def backward(ctx, g):
+        return 10 * g
+x = torch.ones(4, requires_grad=True)
+train_gpt.compiler(True)(lambda x: Tenfold.apply(double(x)).sum())(x).backward()
+print(x.grad[0].item(), counters["aot_autograd"]["autograd_cache_hit"])
+"""
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+def test_compiled_functions_are_kept_and_an_operator_of_other_kernels_is_compiled_anew(tmp_path):
+    """torch's key has an autograd.Function's code, but of a custom operator's backward pass the name alone: the tag."""
+    def run(factor, tag):
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run([sys.executable, "-c", CACHED, str(factor), tag], cwd=ROOT, env=environment, timeout=300,
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert [run(2, "a"), run(2, "a"), run(3, "b")] == [["20.0", "0"], ["20.0", "1"], ["30.0", "0"]]

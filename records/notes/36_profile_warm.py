@@ -1,7 +1,7 @@
 """Where a warm-up's seconds go: 36 of NOTES.md; from the project's folder, with run.sh's caches
 
     TORCHINDUCTOR_CACHE_DIR=$PWD/.cache/inductor TRITON_CACHE_DIR=$PWD/.cache/triton \\
-    TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD=1 python records/notes/36_profile_warm.py [option=value ...]
+    python records/notes/36_profile_warm.py [option=value ...]
 
 One process. Python's profile by function, and the compiler's own times and counts."""
 import cProfile

@@ -60,6 +60,9 @@ def test_kernel_transpose_copy_is_exact(dtype):
         tk.transpose_.kernel(out, src)
         raw = {1: U8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
         assert torch.equal(out.view(raw), src.view(raw).t())
+        elsewhere = out.new_empty(out.numel() + 1)[1:].view_as(out)  # not where words of 4 bytes begin
+        tk.transpose_.kernel(elsewhere, src)
+        assert torch.equal(elsewhere.view(raw), out.view(raw))
 
 
 @runs_kernel
@@ -170,6 +173,7 @@ S, W, C = torch.ones(4, 6), torch.ones(16, 32), torch.ones(())
         (lambda: tk.transpose_(S, S.t()), r"src must be .*contiguous.*shape \(6, 4\) with strides \(1, 6\)"),
         (lambda: tk.transpose_(S, S[:0]), r"src must be .*not 0.*shape \(0, 6\)"),
         (lambda: tk.transpose_(S.clone(), S), r"dst must be \(6, 4\).*of shape \(4, 6\)"),
+        (lambda: tk.transpose_(S.view(6, 4).to("meta"), S), r"dst must be .*on cpu.* on meta"),
         (lambda: tk.transpose_(S.view(6, 4).half(), S), r"dst must be .*torch.float32, not torch.float16"),
         (lambda: tk.transpose_(S.view(6, 4), S.int(), add=True), r"src must be .*bfloat16 or .*, not torch.int32"),
         (lambda: tk.quantize_transpose(S, C), r"x must be .*multiples of 16.*of shape \(4, 6\)"),

@@ -106,6 +106,8 @@ def check_backward_fp8_outputs(t, f, d, dtype, post_dtype, scale, seed=0):
     if CUDA:  # as forward
         assert (dpre8.float() == expected.float().to(E4).float()).double().mean() > 0.95
     assert torch.equal(dpre8_t.float(), dpre8.t().float()) and dpre8_t.is_contiguous()
+    (alone,) = tk.relu_square.kernel(g, w, post, scale, out_scale)
+    assert torch.equal(alone.float(), dpre8.float())
 
 
 def random_shapes(count):
@@ -359,6 +361,7 @@ def test_operators_give_shapes_without_running():
     out = tk.relu_square.kernel(x, w, None, None, s)
     assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), BF16), ((32, 48), E4), (out[2].shape, F32)]
     assert [(tuple(o.shape), o.dtype) for o in tk.relu_square.kernel(x, w, post)] == [((32, 48), BF16)]
+    assert [(tuple(o.shape), o.dtype) for o in tk.relu_square.kernel(x, w, post, None, s)] == [((32, 48), E4)]
     out = tk.relu_square.kernel(x, w, post, None, s, True)
     assert [(tuple(o.shape), o.dtype) for o in out] == [((32, 48), E4), ((48, 32), E4)]
 
