@@ -714,8 +714,8 @@ def compiler(on: bool):
     """torch.compile as used here, one graph a shape, or the identity."""
     if on:
         torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
-        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code;
-        torch.compiler.config.cache_key_tag = runtime.file_hash("triton_kernels.py")  # an operator's backward pass by its name alone
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code, but
+        torch.compiler.config.cache_key_tag = runtime.file_hash("triton_kernels.py")  # operators' backward by name
     return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
 
 
