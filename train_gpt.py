@@ -424,7 +424,7 @@ def exclude(y: Tensor, v: Tensor, amount: Tensor) -> Tensor:
 
 
 # Scales of FP8, by hand: stored = value / scale. Inputs are RMS-normed, so |x| < 28. The head's: record #51. The MLP's
-# six products in FP8 take 6.5% off the corpus run's time, for 39 lines (records #84, #89, #92; NOTES.md, 35, 36).
+# six products in FP8 took 6.5% off the corpus run's time, for 39 lines (records #84, #89, #92; NOTES.md, 35).
 FP8_X, FP8_W, FP8_GRAD = 100 / 448, 1.6 / 448, 0.75 / 448
 FP8_MLP = 28 / 448, 8 / 448, 8.0, 2.0**-13, 2.0**-11  # x, matrices, hidden layer; gradients of output and hidden layer
 

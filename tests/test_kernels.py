@@ -79,7 +79,7 @@ def test_the_hopper_kernel_compiles_where_no_gpu_is():
 
 
 def compiled_for(capability, kernel, kinds, constants, **options):
-    """A kernel's machine code, made where no GPU is. kinds: types of arguments by name; the others are constants."""
+    """A kernel's code in every form, made where no GPU is. kinds: types of arguments by name, or they are constants."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     function, signature = getattr(tk, kernel), {}
@@ -88,7 +88,7 @@ def compiled_for(capability, kernel, kinds, constants, **options):
     for p in function.params:
         signature[p.name] = "constexpr" if p.name in constants else kinds[p.name]
     source = ASTSource(function, signature, constants)
-    return tk.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
+    return tk.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
 POINTERS = dict.fromkeys(("qk_ptr", "q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "gate_ptr", "grad_ptr", "dk_ptr",
@@ -117,7 +117,7 @@ def test_attention_of_two_widths_compiles_for_hopper_where_no_gpu_is(kernel, con
         ("out_desc", tk.TILE, widths[1]), ("dout_desc", tk.TILE, widths[1]))}
     sums = dict.fromkeys(("lse_desc", "delta_desc"), f"tensordesc<fp32[1,{tk.TILE}]>")
     constants = {"HEADS": 6, "PARTS": 2, "WIDTH": widths[0], "V_WIDTH": widths[1], **constants}
-    assert compiled_for(90, kernel, POINTERS | NUMBERS | boxes | sums, constants)
+    assert compiled_for(90, kernel, POINTERS | NUMBERS | boxes | sums, constants)["cubin"]
 
 
 POINTERS_OF_THE_REST = {
@@ -151,7 +151,8 @@ UP = {"a": "tensordesc<bf16[128,64]>", "w": "tensordesc<bf16[256,64]>", "out": "
 ], ids=lambda x: "" if isinstance(x, dict) else str(x))
 def test_the_other_kernels_compile_for_the_gpus_they_run_on_where_none_is(capability, kernel, types, constants):
     options = {"num_warps": 8, **({"maxnreg": 64} if kernel == "_loss_dense" else {})}
-    assert compiled_for(capability, kernel, POINTERS_OF_THE_REST | types, constants, **options)
+    code = compiled_for(capability, kernel, POINTERS_OF_THE_REST | types, constants, **options)
+    assert code["cubin"] and (kernel != "_quantize_transpose" or "e5m2" not in code["ptx"] and "e4m3x2" in code["ptx"])
 
 
 @pytest.mark.parametrize("flash, cells, said", [
