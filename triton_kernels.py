@@ -76,13 +76,14 @@ def _expect(name: str, x: Tensor | None, shape: tuple[int | str, ...], dtypes: S
     but 0), one of dtypes, on device, and fits the rule."""
     if x is None:
         return
-    whole = x.ndim == len(shape) and all(
+    whole = isinstance(x, Tensor) and x.ndim == len(shape) and all(
         n > 0 if isinstance(size, str) else n == size for n, size in zip(x.shape, shape, strict=True))
     if not (whole and fits and x.is_contiguous() and x.dtype in dtypes and x.device == (device or x.device)):
         wanted = str(tuple(shape)).replace("'", "") + ", not 0" * any(isinstance(size, str) for size in shape) + rule
-        raise ValueError(f"{name} must be {wanted}, contiguous, on {device or x.device}, "
-                         f"{' or '.join(map(str, dtypes))}, not {x.dtype} of shape {tuple(x.shape)} with strides "
-                         f"{x.stride()} on {x.device}.")
+        found = repr(x) if not isinstance(x, Tensor) else (
+            f"{x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}")
+        raise ValueError(f"{name} must be {wanted}, contiguous{f', on {device}' if device else ''}, "
+                         f"{' or '.join(map(str, dtypes))}, not {found}.")
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -641,8 +642,7 @@ def _hopper_relu_square_backward(g, w, post, dpre):
     tiles = gl.cdiv(g.shape[0], HOPPER_BM * HOPPER_ROWS) * gl.cdiv(w.shape[0], HOPPER_BN) * HOPPER_ROWS
     gl.warp_specialize([
         (_hopper_multiply, (0, ring, turns, w, post, dpre, tiles)),
-        (_hopper_multiply, (1, ring, turns, w, post, dpre, tiles)),
-        (_hopper_load, (g, w, ring, tiles)),
+        (_hopper_multiply, (1, ring, turns, w, post, dpre, tiles)), (_hopper_load, (g, w, ring, tiles)),
     ], [4, 1], [240, 24])  # warps and registers of the second and third; the first gets 240 of maxnreg's 3 * 168
 
 
@@ -690,7 +690,7 @@ def number(like: Tensor, value: Tensor | float) -> Tensor:
 
 
 def fp8_matmul(a: Tensor, b: Tensor, scale_a, scale_b, fast: bool = False, dtype=torch.bfloat16) -> Tensor:
-    """(M, K) row-major @ (K, N) column-major, both FP8, to dtype. Gradients need the slower, exact accumulation."""
+    """(M, K) row-major @ (K, N) column-major, both FP8, to dtype. The gradients that leave a layer are not `fast`."""
     _expect("a", a, ("M", "K"), (E4M3, E5M2))
     _expect("b'", b.t(), ("N", a.size(1)), (E4M3, E5M2), a.device)
     return torch._scaled_mm(a, b, number(a, scale_a), number(a, scale_b), out_dtype=dtype, use_fast_accum=fast)
@@ -728,7 +728,8 @@ def _check_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float])
     _check_relu_square(x, w_up, None)
     _expect("x", x, ("T", "D"), (*FLOATS, torch.float64))
     _expect("w_down", w_down, w_up.shape, (x.dtype,), x.device)
-    if scales and not (len(scales) == 5 and min(scales) > 0 and all(n % 16 == 0 for n in (*x.shape, len(w_up)))):
+    if scales and not (len(scales) == 5 and all(0 < scale < float("inf") for scale in scales)
+                       and all(n % 16 == 0 for n in (*x.shape, len(w_up)))):
         raise ValueError(f"scales are {scales}, x {tuple(x.shape)}, w_up {tuple(w_up.shape)}: pass five above 0, of x, "
                          "the matrices, post, g and dpre, and T, D and F that 16 divides, or no scales.")
 
@@ -767,6 +768,7 @@ CAP, SHIFT, WIDTH, MAX_TARGETS = 23.0, 5.0, 7.5, 5
 def further_targets(targets: Tensor, count: int, other: Tensor | None = None) -> Tensor:
     """(T, count), with `other` (T, count + 1), from targets (T,): each row's own and of the rows after it, -1 past the
     end; the last column is `other`, such as each target's prefix."""
+    _expect("targets", targets, ("T",), (torch.int32, torch.int64))
     columns = F.pad(targets, (0, count - 1), value=-1).unfold(0, count, 1)
     return columns.contiguous() if other is None else torch.cat((columns, other[:, None]), 1)
 
@@ -782,7 +784,7 @@ def _check_cross_entropy(logits, targets, weights, grad_dtype, *dtypes: torch.dt
     if grad_dtype not in (*dtypes, E5M2):
         raise ValueError(f"grad_dtype is {grad_dtype}: pass one of {(*dtypes, E5M2)}.")
     _expect("logits", logits, ("T", "V"), dtypes)
-    few = weights.numel() <= MAX_TARGETS
+    few = isinstance(weights, Tensor) and weights.numel() <= MAX_TARGETS
     _expect("weights", weights, ("K",), (torch.float32,), logits.device, few, f", K <= {MAX_TARGETS}")
     _expect("targets", targets, (len(logits), len(weights)), (torch.int32, torch.int64), logits.device)
 
@@ -1200,11 +1202,9 @@ Kernels = NamedTuple("Kernels", [(name, Callable) for name in CAPABILITIES])  # 
 def choose(capability: tuple[int, int], dtype: torch.dtype, mode: str = "auto") -> tuple[Kernels, dict[str, str]]:
     """The functions for a GPU of this compute capability ((0, 0): a CPU) and this dtype, and the kind of each for the
     log: "kernel", "library" or "reference". mode: "auto", or without this file's kernels "library", "reference"."""
-    able = triton is not None and mode == "auto" and dtype == torch.bfloat16
-    chosen, kinds = {}, {}
-    for name, (low, high, kernel, reference) in CAPABILITIES.items():
-        runs = able and low <= capability < high
-        chosen[name], kinds[name] = (kernel, "kernel") if runs else (reference, "reference")
+    able, chosen, kinds = triton is not None and mode == "auto" and dtype == torch.bfloat16, {}, {}
+    for name, (low, high, kernel, other) in CAPABILITIES.items():
+        chosen[name], kinds[name] = (kernel, "kernel") if able and low <= capability < high else (other, "reference")
     if kinds["attention"] == "reference" and mode != "reference" and capability >= (8, 0) and dtype == torch.bfloat16:
         chosen["attention"], kinds["attention"] = attention_library, "library"
     return Kernels(**chosen), kinds

@@ -160,7 +160,7 @@ def mlp_rows() -> Iterator[Row]:
             return 2 * (g @ w.t()) * post.sqrt()
 
         def back8(g8=g8, w8=w8, post8=post8, scale=scale, dpre_scale=dpre_scale, one=one):
-            product = torch._scaled_mm(g8, w8.t(), scale, one, out_dtype=BF16, use_fast_accum=False)
+            product = torch._scaled_mm(g8, w8.t(), scale, one, out_dtype=BF16, use_fast_accum=True)
             dpre8 = (2 * product * post8.to(BF16).sqrt() / dpre_scale).clamp(-448, 448).to(E4)
             return dpre8, dpre8.t().contiguous()
 

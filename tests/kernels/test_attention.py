@@ -79,6 +79,10 @@ def test_norm_rotation_offset_gate_and_pairs(kinds, dtype):
     assert_is_reference([30, 1, 39], 2, 64, 64, dtype, 20, rotary=True, **kinds)
 
 
+def test_pairs_of_heads_have_documents_longer_than_a_tile():
+    assert_is_reference([150, 50], 2, 64, 64, DTYPES[0], 500, rotary=True, paired=True)
+
+
 @pytest.mark.parametrize("lengths", [[1], [1] * 70, [64, 64], [63, 1, 65], [130]], ids=str)
 @pytest.mark.parametrize("window", [0, 1, 64, 500])
 def test_borders_of_tiles_documents_and_windows(lengths, window):
@@ -202,12 +206,12 @@ def test_compiled_and_eager_are_one():
         assert (x.double() - eager[name].double()).norm() <= 1e-2 * eager[name].double().norm(), name
 
 
-@pytest.mark.parametrize("window, paired", [(40, True), (500, False)])
-def test_tiles_outside_document_and_window_are_never_loaded(window, paired):
-    """NaN there, which a probability of 0 would not stop, reaches nothing of the second document's last tile. The tile
-    after it is spared: one that holds the last rows may jut out."""
+@pytest.mark.parametrize("window, paired, lengths", [(40, True, (1, 2, 2)), (500, False, (1, 2, 2)), (40, True, (5,))])
+def test_tiles_outside_document_and_window_are_never_loaded(window, paired, lengths):
+    """NaN there, which a probability of 0 would not stop, reaches nothing of the third tile, in whose document the
+    window bounds what comes before and after. The tile after it is spared: one that holds the last rows may jut out."""
     tile = tk.TILE
-    tensors, where = attention_inputs([tile, 2 * tile, 2 * tile], 1 + paired, 64, 64, DTYPES[0], rotary=True)
+    tensors, where = attention_inputs([n * tile for n in lengths], 1 + paired, 64, 64, DTYPES[0], rotary=True)
     near, last = slice(max(2 * tile - window, tile), 4 * tile), slice(2 * tile, 3 * tile)
     for name in ("qk", "v"):
         kept = tensors[name][near].clone()
@@ -230,6 +234,30 @@ def test_two_runs_are_bitwise_one():
     first, second = (differentiate(tk.attention, tensors, where, torch.ones(160, 128, device=DEVICE), 2, 50, 0.1)
                      for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def many_documents(copies, rows, heads, dtype):
+    """`copies` of one document give each the same, and what the reference gives one."""
+    one, where = attention_inputs([rows], heads, 128, 128, dtype, rotary=True, gated=True)
+    one, dout = {name: x[:rows] for name, x in one.items()}, torch.randn(rows, heads * 128, device=DEVICE, dtype=dtype)
+    expected = differentiate(tk.attention_reference, {name: x.double() for name, x in one.items()}, where,
+                             dout.double(), heads, 384, 0.1)
+    starts = torch.arange(0, copies * rows + 1, rows, dtype=torch.int32, device=DEVICE)
+    found = differentiate(tk.attention, {name: x.repeat(copies, 1) for name, x in one.items()},
+                          tk.documents(starts, rows, copies * rows), dout.repeat(copies, 1), heads, 384, 0.1)
+    for name, want in expected.items():
+        first, last = found[name][:rows], found[name][-rows:]
+        assert torch.equal(first, last), name
+        assert (last.double() - want).norm() <= TOLERANCE[dtype] * want.norm(), name
+
+
+def test_attention_of_copies_of_a_document():
+    many_documents(3, 2 * tk.TILE, 1, DTYPES[0])
+
+
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_properties(0).total_memory < 60e9, reason="needs a GPU of 60 GB")
+def test_attention_beyond_int32_elements():
+    many_documents(1366, 1024, 6, torch.bfloat16)  # * 2 * 128 > 2^31
 
 
 @needs_cuda
@@ -263,6 +291,7 @@ def test_a_kernel_may_be_the_first_work_of_a_thread():
     ({"documents": tk.documents(torch.tensor([0, 5], device=DEVICE), 5, 5)}, "torch.int32, not torch.int64"),
     ({"cos": torch.zeros(3, 16), "sin": torch.zeros(5, 16)}, r"start of cos must be \(5, 16\).*of shape \(3, 16\)"),
     ({"cos": torch.zeros(()), "sin": torch.zeros(())}, r"start of cos must be \(5, 16\).*of shape \(\)"),
+    ({"cos": torch.zeros(5, 16), "sin": torch.zeros(5, 16), "paired": True}, r"start of cos must be \(10, 16\)"),
     ({"qk": torch.zeros(5, 24), "cos": torch.zeros(5, 1), "sin": torch.zeros(5, 1)}, "W with cos a multiple of 4"),
 ])
 def test_wrong_arguments_are_named(change, message):

@@ -127,6 +127,8 @@ def test_further_targets_are_those_of_the_rows_after():
     assert tk.further_targets(tokens, 2, tokens - 4).tolist() == [[3, 5, -1], [5, 7, 1], [7, -1, 3]]
     assert tk.further_targets(tokens[:1], 4).tolist() == [[3, -1, -1, -1]]
     assert tk.further_targets(tokens, 2).is_contiguous() and tk.further_targets(tokens, 2).dtype == torch.int32
+    with pytest.raises(ValueError, match=r"targets must be \(T,\).*of shape \(1, 3\)"):
+        tk.further_targets(tokens[None], 2)
 
 
 def test_rows_without_a_target_have_neither_loss_nor_gradient():
@@ -363,6 +365,7 @@ def test_cpu_takes_the_reference():
         ({"weights": torch.zeros(1)}, r"targets must be \(4, 1\).* shape \(4, 2\)"),
         ({"weights": torch.zeros(2, dtype=F64)}, r"weights must be .*torch.float32, not torch.float64"),
         ({"weights": torch.zeros(2, device="meta")}, r"weights must be .*on cpu.* on meta"),
+        ({"weights": [1.0, 0.5]}, r"weights must be \(K,\).*torch.float32, not \[1.0, 0.5\]"),
         ({"targets": torch.zeros(4, 2, dtype=torch.int64, device="meta")}, r"targets must be .*on cpu.* on meta"),
     ],
 )

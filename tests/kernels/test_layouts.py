@@ -178,6 +178,8 @@ S, W, C = torch.ones(4, 6), torch.ones(16, 32), torch.ones(())
         (lambda: tk.transpose_(S.view(6, 4).half(), S), r"dst must be .*torch.float32, not torch.float16"),
         (lambda: tk.transpose_(S.view(6, 4), S.int(), add=True), r"src must be .*bfloat16 or .*, not torch.int32"),
         (lambda: tk.quantize_transpose(S, C), r"x must be .*multiples of 16.*of shape \(4, 6\)"),
+        (lambda: tk.quantize_transpose(torch.ones(16, 24), C), r"x must be .*multiples of 16.*of shape \(16, 24\)"),
+        (lambda: tk.quantize_transpose(W, 0.5), r"scale must be \(\), contiguous, on cpu, torch.float32, not 0.5\."),
         (lambda: tk.quantize_transpose(W, torch.ones(4)), r"scale must be \(\).*of shape \(4,\)"),
         (lambda: tk.quantize_transpose(W, C.double()), "scale must be .*torch.float32, not torch.float64"),
         (lambda: tk.quantize_transpose(S.t(), C), r"x must be .*of shape \(6, 4\) with strides \(1, 6\)"),
@@ -186,6 +188,11 @@ S, W, C = torch.ones(4, 6), torch.ones(16, 32), torch.ones(())
 def test_wrong_transposes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_operation_is_not_differentiated():
+    x = draw(16, 32).requires_grad_()
+    assert not any(q.requires_grad for q in tk.quantize_transpose(x, torch.ones((), device=DEVICE)))
 
 
 @runs_kernel

@@ -327,7 +327,7 @@ def test_the_mlp_in_fp8_is_exact_where_nothing_is_rounded():
         t.to(dtype) for t in (x, up, up)], g.to(dtype))
     expected, expected_grads = gradients(tk.relu_square_mlp_reference, (x, up, up), g)
     for out, exact in zip((y, *grads), (expected, *expected_grads), strict=True):
-        assert torch.equal(out.to(BF16), exact.to(BF16)) and exact.any()
+        assert out.dtype == dtype and torch.equal(out.to(BF16), exact.to(BF16)) and exact.any()
 
 
 @needs_cuda
@@ -340,7 +340,7 @@ def test_kernels_may_be_the_first_work_of_a_thread(dtype):
 
 
 def test_mlp_under_torch_compile():
-    tensors, g = mlp_case(64, 32, 64, BF16), random(64, 32, dtype=BF16, seed=9)
+    tensors, g = mlp_case(64, 32, 64, HALF), random(64, 32, dtype=HALF, seed=9)
     compiled = torch.compile(tk.relu_square_mlp, fullgraph=True, backend="inductor" if CUDA else "aot_eager")
     y, grads = gradients(compiled, tensors, g)
     expected, expected_grads = gradients(tk.relu_square_mlp, tensors, g)
@@ -411,7 +411,8 @@ def test_the_mlp_names_wrong_matrices_wherever_it_runs(function):
         function(*(t.to(E4) for t in (x, w, w)))
     x, w = torch.zeros(32, 16, device=DEVICE), torch.zeros(48, 16, device=DEVICE)
     for sizes, scales in (((32, 48), (1.0, 2.0)), ((32, 48), (1.0, 1.0, 0.0, 1.0, 1.0)), ((31, 48), (1.0,) * 5),
-                          ((32, 40), (1.0,) * 5)):
+                          ((32, 40), (1.0,) * 5), ((32, 48), (1.0, float("nan"), 1.0, 1.0, 1.0)),
+                          ((32, 48), (1.0, 1.0, 1.0, 1.0, float("inf")))):
         with pytest.raises(ValueError, match=r"scales are \(1.0, .*\): pass five above 0, .* that 16 divides, or no"):
             function(x[:sizes[0]], w[:sizes[1]], w[:sizes[1]], scales)
 

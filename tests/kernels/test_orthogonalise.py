@@ -156,6 +156,13 @@ def test_kernel_orthogonalises_at_every_scale(factor):
 
 
 @runs_kernel
+def test_float32_is_the_reference_s():
+    g = matrices((2, 20, 40))
+    assert torch.equal(tk.orthogonalise(g), tk.orthogonalise_reference(g))
+    assert not torch.equal(tk.orthogonalise.kernel(g), tk.orthogonalise_reference(g))
+
+
+@runs_kernel
 def test_kernel_keeps_matrices_apart():
     g = matrices((4, 20, 17), DTYPES[0])
     g[1] = 0
