@@ -23,23 +23,28 @@ cpu_settings() {
 say() { echo "run.sh: $*" >&2; }
 die() { echo "error: $*" >&2; exit 2; }
 
-# has PYTHON MODULE...: the requirements import there, torch is 2.11 or newer, and the other modules import too.
+# has PYTHON MODULE...: the requirements import there, torch is 2.11 or newer, and the other modules import too; sets
+# gpus, since each start of PyTorch takes seconds.
 has() {
     local python=$1; shift
     command -v "$python" >/dev/null 2>&1 || return 1
-    "$python" - "$@" >/dev/null 2>&1 <<'PY' || return 1
+    gpus=$("$python" - "$@" 2>/dev/null <<'PY'
 import importlib, sys
 modules = ["numpy", "huggingface_hub", "tqdm", "torch"] + ["triton"] * sys.platform.startswith("linux")
 for name in modules + sys.argv[1:]:
     importlib.import_module(name)
 import torch
+print(f"\n{torch.cuda.device_count()}")
 sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 PY
+    ) || { gpus=; return 1; }
+    gpus=${gpus##*$'\n'}
 }
 
 # find_python REQUIREMENTS MODULE...: sets PYTHON to the active Python, or to .venv with the requirements installed.
 find_python() {
     local requirements=$1; shift
+    gpus=
     for PYTHON in python python3 "$PWD/.venv/bin/python"; do
         if has "$PYTHON" "$@"; then return; fi
     done
@@ -104,7 +109,7 @@ if [ "$nodes" -gt 1 ]; then
 fi
 
 find_python requirements.txt
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+gpus=${gpus:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
 if [ "$gpus" -eq 0 ]; then cpu_settings; fi
 if [ "$gpus" -eq 0 ] && [[ " $*" != *" preset="* ]]; then
     say "no GPU: taking the smoke preset, a small model of the same code, on the CPU"

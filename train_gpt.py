@@ -537,7 +537,7 @@ class GPT(nn.Module):
             "head": (shape.vocab, shape.dim),
         }
         for name, size in sizes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(size, dtype=dtype)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype)))
         signs = torch.randint(0, 2, (8192, shape.dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
         self.register_buffer("signs", signs.to(dtype))
         self.register_buffer("prefixes", tables[0])
@@ -545,7 +545,7 @@ class GPT(nn.Module):
         for name in SUMMED:
             self.register_buffer(f"{name}_sums", None, persistent=False)  # the optimizer's
         small = sum(math.prod(size) for size in self.small_shapes.values())
-        self.small = nn.Parameter(torch.empty(small, dtype=torch.promote_types(dtype, torch.float32)))
+        self.small = nn.Parameter(torch.zeros(small, dtype=torch.promote_types(dtype, torch.float32)))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -715,7 +715,8 @@ def compiler(on: bool):
     if on:
         torch._dynamo.config.recompile_limit = 64  # a graph for each stage, training and validation
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code, but
-        torch.compiler.config.cache_key_tag = runtime.file_hash("triton_kernels.py")  # operators' backward by name
+        tag = runtime.file_hash("triton_kernels.py")  # operators' backward by name; the environment is for processes
+        os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = torch.compiler.config.cache_key_tag = tag  # that compile
     return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
 
 
@@ -1283,15 +1284,14 @@ class Trainer:
                 tensor[:len(saved)].copy_(saved)
 
     def warm_up(self, plan: Plan, validation: Validation, console: Console) -> None:
-        """Compiles all that the run needs, then runs it, captured where it can be; puts every bit of state back to its
-        start. Outside the clock; sees no token of the data."""
+        """Compiles all that the run needs, then runs it, captured where it can be. Outside the clock; sees no token of
+        the data; leaves the state as it happens to be: a trial resets it."""
         begin = time.perf_counter()
         for word in ("compiled", "ready")[not self.compiled:]:
             self.graphs.on = self.compiled and word == "ready" and self.world.device.type == "cuda"
             for i, stages in self.rehearse(plan, validation, alone=word == "compiled"):
                 runtime.device_sync(self.world.device)
                 console.say(f"warm-up: stage {i + 1} of {stages} {word} after {time.perf_counter() - begin:.0f} s")
-        self.reset(self.cfg.seed)
         self.world.barrier()
 
     def rehearse(self, plan: Plan, validation: Validation, alone: bool) -> Iterable[tuple[int, int]]:
@@ -1553,7 +1553,6 @@ def train(cfg: Config, world: World) -> None:
         console.say(line)
     log_header(log, cfg, world, lines)
     with runtime.told(cfg, world, trainer), clock.region("compilation and warm-up"):
-        trainer.reset(cfg.seed)
         trainer.warm_up(plan, validation, console)
     for k in range(cfg.trials):
         if k:

@@ -148,3 +148,22 @@ def test_compiled_functions_are_kept_and_an_operator_of_other_kernels_is_compile
         return done.stdout.split()
 
     assert [run(2, "a"), run(2, "a"), run(3, "b")] == [["20.0", "0"], ["20.0", "1"], ["30.0", "0"]]
+
+
+WORKER = """
+import torch, runtime, train_gpt
+from torch._inductor.async_compile import AsyncCompile
+train_gpt.compiler(True)
+seen = AsyncCompile.process_pool().submit(eval, "__import__('torch').compiler.config.cache_key_tag").result(200)
+assert seen == torch.compiler.config.cache_key_tag == runtime.file_hash("triton_kernels.py"), seen
+"""
+
+
+def test_processes_that_compile_mark_what_they_keep_as_this_one_does(tmp_path):
+    """Which tile a kernel runs best with is noted under the tag of the process that compiled it, and looked up under
+    this one's: with another, every start would measure all of them again."""
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    environment.pop("TORCH_COMPILE_CACHE_KEY_TAG", None)
+    done = subprocess.run([sys.executable, "-c", WORKER], cwd=ROOT, env=environment, timeout=300, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr

@@ -35,14 +35,17 @@ class Watched(train_gpt.Trainer):
     def reset(self, seed):
         super().reset(seed)
         self.train_losses, self.val_losses = {}, {}
+        self.began = {name: tensor.clone() for name, tensor in self.everything().items()}
+
+    def everything(self):
+        grads = {f"{name}.grad": p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        return {**self.state(), **{f"{name}.sums": sums for name, sums in self.optimizer.sums.items()}, **grads}
 
     def warm_up(self, *args):
-        before = {name: tensor.clone() for name, tensor in self.state().items()}
         self.warming = True
         super().warm_up(*args)
         self.warming = False
-        self.changed = [name for name, tensor in self.state().items() if not torch.equal(tensor, before[name])]
-        self.grads = [name for name, p in self.model.named_parameters() if p.grad is not None and p.grad.any()]
+        self.warmed = {name: tensor.clone() for name, tensor in self.everything().items()}
 
     def train_step(self, step, batches):
         loss = super().train_step(step, batches)
@@ -311,14 +314,18 @@ def test_a_run_that_stops_early_follows_the_whole_schedule_until_then(run, shard
 ########################################
 
 
-def test_warm_up_restores_every_bit_of_state_and_leaves_no_gradient(run):
-    assert run.trainer.changed == [] and run.trainer.grads == []
-    assert len(run.trainer.state()) > len(train_gpt.PARAMS)
-
-
-def test_warm_up_leaves_no_gradient_of_a_stage_too_short_for_adam(shards, tmp_path):
-    trainer = train(shards, tmp_path, extension=1, val_every=0).trainer
-    assert trainer.changed == [] and trainer.grads == []
+@pytest.mark.parametrize("options", [{}, dict(extension=1, val_every=0)], ids=["", "a stage too short for Adam"])
+def test_a_run_begins_at_its_seed_whatever_the_warm_up_left(shards, tmp_path, options):
+    trainer = train(shards, tmp_path, seed=3, **options).trainer
+    fresh = train_gpt.Trainer(trainer.cfg, trainer.world)
+    fresh.reset(3)
+    expected = fresh.state()
+    assert len(expected) > len(train_gpt.PARAMS) and trainer.began.keys() == trainer.warmed.keys() > expected.keys()
+    for name, tensor in trainer.began.items():
+        assert torch.equal(tensor, expected.get(name, torch.zeros_like(tensor))), name
+    assert all(tensor.isfinite().all() for tensor in trainer.warmed.values())
+    for name in ("head", "qk_bank", "head.count", "small.count"):
+        assert not torch.equal(trainer.warmed[name], trainer.began[name]), name
 
 
 def test_warm_up_sees_no_token_of_the_shards(run, shards, tmp_path, monkeypatch):
