@@ -1,19 +1,33 @@
 """Where the seconds before the first step go: 37 of NOTES.md; from the project's folder, with run.sh's caches
 
     export TORCHINDUCTOR_CACHE_DIR=$PWD/.cache/inductor TRITON_CACHE_DIR=$PWD/.cache/triton OMP_NUM_THREADS=1
-    python runtime.py launch --standalone --nproc_per_node 4 records/notes/37_warm.py [profile] [option=value ...]
+    python runtime.py launch --standalone --nproc_per_node 4 records/notes/37_warm.py [option=value ...]
 
-What rank 0 prints: seconds since its start at each point, the compiler's own times and counts, and with profile
-Python's profile of the warm-up by function."""
-import cProfile
+What rank 0 prints: seconds since its start at each point; the compiler's own times and counts; where its main thread
+was, looked at every 10 ms: by function with what it calls, and by line."""
+import collections
 import os
-import pstats
 import sys
+import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 started = int(Path("/proc/self/stat").read_text().rsplit(")")[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+within, at, main = collections.Counter(), collections.Counter(), threading.main_thread().ident
+
+
+def look() -> None:
+    while True:
+        begin, seen = time.perf_counter(), set()
+        frame = leaf = sys._current_frames()[main]
+        while frame is not None:
+            seen.add((frame.f_code.co_filename, frame.f_code.co_name))
+            frame = frame.f_back
+        time.sleep(0.01)
+        passed = time.perf_counter() - begin
+        within.update(dict.fromkeys(seen, passed))
+        at[leaf.f_code.co_filename, f"{leaf.f_lineno} {leaf.f_code.co_name}"] += passed
 
 
 def point(what: str) -> None:
@@ -22,18 +36,15 @@ def point(what: str) -> None:
 
 
 point("python")
+threading.Thread(target=look, daemon=True).start()
 import torch  # noqa: E402
 
 point("torch imported")
-from torch._dynamo.utils import compile_times, counters  # noqa: E402
-
-point("dynamo imported")
 import runtime  # noqa: E402
 import train_gpt as t  # noqa: E402
 
 point("train_gpt imported")
-arguments = [x for x in sys.argv[1:] if x != "profile"] or ["preset=corpus"]
-cfg = t.parse_options(arguments)
+cfg = t.parse_options(sys.argv[1:] or ["preset=corpus"])
 world = runtime.start_world(cfg)
 plan, validation = t.plan_run(cfg, t.find_shards(cfg, "train_files")), t.read_validation(cfg, world)
 point("shards checked")
@@ -45,9 +56,6 @@ runtime.device_sync(world.device)
 point("model and optimizer")
 trainer.describe(plan)
 point("described")
-trainer.reset(0)
-runtime.device_sync(world.device)
-point("weights drawn")
 
 
 def timed(name: str):
@@ -63,19 +71,20 @@ def timed(name: str):
     return call
 
 
-for method in ("slice_loss", "hidden", "token_losses", "evaluate_slice", "learn_slice", "train_step", "evaluate",
-               "reset"):
+for method in ("slice_loss", "hidden", "learn_slice", "train_step", "evaluate", "reset"):
     setattr(trainer, method, timed(method))
-profile, begin = cProfile.Profile(), time.perf_counter()
-run = profile.runcall if "profile" in sys.argv and world.rank == 0 else lambda function, *rest: function(*rest)
-run(trainer.warm_up, plan, validation, console)
-point(f"warm-up took {time.perf_counter() - begin:.1f} s")
+trainer.warm_up(plan, validation, console)
+trainer.reset(0)
+world.barrier()
+point("ready for the first step")
 if world.rank == 0:
+    from torch._dynamo.utils import compile_times, counters
     print(dict(counters["aot_autograd"]), dict(counters["inductor"]))
     print(compile_times(repr="str", aggregate=True))
-    if "profile" in sys.argv:
-        for order in ("cumtime", "tottime"):
-            pstats.Stats(profile).sort_stats(order).print_stats(150)
+    for counter, most in ((within, 220), (at, 60)):
+        print(f"{sum(at.values()):.1f} s looked at")
+        for (file, place), seconds in counter.most_common(most):
+            print(f"{seconds:7.2f}  {file.partition('site-packages/')[2] or file} {place}")
 world.barrier()
 sys.stdout.flush()
 os._exit(0)
