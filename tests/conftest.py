@@ -15,11 +15,6 @@ sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
 import triton_kernels  # noqa: E402
 
-# A test has one GPU; pytest-xdist's workers, which start with this environment, share out what there is.
-GPUS = os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES")
-                             or ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-os.environ["CUDA_VISIBLE_DEVICES"] = GPUS[int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(GPUS)]
-
 # tests/kernels runs the kernels: on the GPU, at real shapes too, where there is one, else in Triton's interpreter. That
 # must be switched on before triton is first imported and then holds for its process, so without a GPU test_kernels.py
 # runs the folder in processes of its own.
@@ -71,12 +66,12 @@ def cores() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config) -> int:
-    """What `-n auto`, which run.sh gives, means: a worker a core, at most 4, or 8 a GPU that have 10 GB of it each; 0,
-    so the tests run in pytest's own process, where that is one, for single files and to show the output."""
+    """What `-n auto`, which run.sh gives, means: a worker a core, at most 4, or with a GPU 8 that have 10 GB of it
+    each; 0, so the tests run in pytest's own process, where that is one, for single files and to show the output."""
     named = config.option.file_or_dir
     if config.option.capture == "no" or named and all(".py" in path for path in named):
         return 0
-    most = len(GPUS) * min(8, torch.cuda.mem_get_info()[0] // 10**10) if torch.cuda.is_available() else 4
+    most = min(8, torch.cuda.mem_get_info()[0] // 10**10) if torch.cuda.is_available() else 4
     return min(cores(), most) if min(cores(), most) > 1 else 0
 
 
