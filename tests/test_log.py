@@ -314,18 +314,25 @@ def test_a_run_that_stops_early_follows_the_whole_schedule_until_then(run, shard
 ########################################
 
 
+class Learned(Watched):
+    """Its warm-up begins with weights that learn something: from those of zero hardly a gradient comes."""
+
+    def warm_up(self, *args):
+        self.model.init_weights(9)
+        super().warm_up(*args)
+
+
 @pytest.mark.parametrize("options", [{}, dict(extension=1, val_every=0)], ids=["", "a stage too short for Adam"])
 def test_a_run_begins_at_its_seed_whatever_the_warm_up_left(shards, tmp_path, options):
-    trainer = train(shards, tmp_path, seed=3, **options).trainer
+    trainer = train(shards, tmp_path, Learned, seed=3, **options).trainer
     fresh = train_gpt.Trainer(trainer.cfg, trainer.world)
     fresh.reset(3)
     expected = fresh.state()
     assert len(expected) > len(train_gpt.PARAMS) and trainer.began.keys() == trainer.warmed.keys() > expected.keys()
     for name, tensor in trainer.began.items():
         assert torch.equal(tensor, expected.get(name, torch.zeros_like(tensor))), name
-    assert all(tensor.isfinite().all() for tensor in trainer.warmed.values())
-    for name in ("head", "qk_bank", "head.count", "small.count"):
-        assert not torch.equal(trainer.warmed[name], trainer.began[name]), name
+    left = {name for name, tensor in trainer.warmed.items() if not torch.equal(tensor, trainer.began[name])}
+    assert left >= expected.keys() and (left > expected.keys()) == bool(options)
 
 
 def test_warm_up_sees_no_token_of_the_shards(run, shards, tmp_path, monkeypatch):
