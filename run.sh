@@ -34,11 +34,11 @@ modules = ["numpy", "huggingface_hub", "tqdm", "torch"] + ["triton"] * sys.platf
 for name in modules + sys.argv[1:]:
     importlib.import_module(name)
 import torch
-print(f"\n{torch.cuda.device_count()}")
+print(f"\ngpus:{torch.cuda.device_count()}")
 sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))
 PY
     ) || { gpus=; return 1; }
-    gpus=${gpus##*$'\n'}
+    gpus=${gpus##*gpus:} gpus=${gpus%%$'\n'*}
 }
 
 # find_python REQUIREMENTS MODULE...: sets PYTHON to the active Python, or to .venv with the requirements installed.

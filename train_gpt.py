@@ -1432,11 +1432,12 @@ class Trial:
         """Trains once and returns the result."""
         cfg, clock, steps, watch = self.cfg, self.clock, self.cfg.last_step, self.world.watch
         with clock.region("initial weights"), watch.busy():
-            self.trainer.reset(self.seed)
             if self.saved:
                 self.trainer.load(self.saved["state"])
                 self.first, clock.trained, self.total, self.tokens = (
                     self.saved[key] for key in ("step", "train_time", "total_time", "tokens"))
+            else:
+                self.trainer.reset(self.seed)
             self.world.barrier()
         self.begin = time.perf_counter() - self.total
         clock.start()  # inside the clock: all from here on, the reading of every shard included, but validation and

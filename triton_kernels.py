@@ -728,10 +728,10 @@ def _check_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float])
     _check_relu_square(x, w_up, None)
     _expect("x", x, ("T", "D"), (*FLOATS, torch.float64))
     _expect("w_down", w_down, w_up.shape, (x.dtype,), x.device)
-    if scales and not (len(scales) == 5 and all(0 < scale < float("inf") for scale in scales)
+    if scales and not (len(scales) == 5 and all(1e-30 < scale < 1e30 for scale in scales)
                        and all(n % 16 == 0 for n in (*x.shape, len(w_up)))):
-        raise ValueError(f"scales are {scales}, x {tuple(x.shape)}, w_up {tuple(w_up.shape)}: pass five above 0, of x, "
-                         "the matrices, post, g and dpre, and T, D and F that 16 divides, or no scales.")
+        raise ValueError(f"scales are {scales}, x {tuple(x.shape)}, w_up {tuple(w_up.shape)}: pass five of 1e-30 to "
+                         "1e30, of x, the matrices, post, g and dpre, and T, D and F that 16 divides, or no scales.")
 
 
 def relu_square_mlp_reference(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[float] = ()) -> Tensor:
@@ -768,7 +768,7 @@ CAP, SHIFT, WIDTH, MAX_TARGETS = 23.0, 5.0, 7.5, 5
 def further_targets(targets: Tensor, count: int, other: Tensor | None = None) -> Tensor:
     """(T, count), with `other` (T, count + 1), from targets (T,): each row's own and of the rows after it, -1 past the
     end; the last column is `other`, such as each target's prefix."""
-    _expect("targets", targets, ("T",), (torch.int32, torch.int64))
+    _expect("targets", targets.contiguous(), ("T",), (torch.int32, torch.int64))
     columns = F.pad(targets, (0, count - 1), value=-1).unfold(0, count, 1)
     return columns.contiguous() if other is None else torch.cat((columns, other[:, None]), 1)
 

@@ -129,6 +129,7 @@ def test_further_targets_are_those_of_the_rows_after():
     assert tk.further_targets(tokens, 2).is_contiguous() and tk.further_targets(tokens, 2).dtype == torch.int32
     with pytest.raises(ValueError, match=r"targets must be \(T,\).*of shape \(1, 3\)"):
         tk.further_targets(tokens[None], 2)
+    assert tk.further_targets(torch.arange(6)[::2], 2).tolist() == [[0, 2], [2, 4], [4, -1]]
 
 
 def test_rows_without_a_target_have_neither_loss_nor_gradient():
