@@ -537,7 +537,7 @@ class GPT(nn.Module):
             "head": (shape.vocab, shape.dim),
         }
         for name, size in sizes.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype)))
+            self.register_parameter(name, nn.Parameter(torch.zeros(size, dtype=dtype)))  # drawn by init_weights
         signs = torch.randint(0, 2, (8192, shape.dim), generator=torch.Generator().manual_seed(0)) * 2 - 1
         self.register_buffer("signs", signs.to(dtype))
         self.register_buffer("prefixes", tables[0])
