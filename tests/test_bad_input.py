@@ -570,6 +570,18 @@ def test_run_sh_refuses_processes_that_cannot_share_the_slices(environment, frag
     assert "Traceback" not in done.stderr
 
 
+def test_run_sh_finds_the_gpus_in_one_start_of_a_python_whatever_else_it_prints(tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$1" >> "{tmp_path}/starts"\necho hello\n'
+                                     f'"{sys.executable}" "$@"\n'
+                                     'code=$?\necho goodbye\nexit $code\n')
+    (tmp_path / "python").chmod(0o755)
+    done = subprocess.run(["./run.sh", "no_such=1"], cwd=ROOT, capture_output=True, text=True, timeout=120, env={
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": "", "gpus": "7"})
+    assert done.returncode == 2 and "unknown option" in done.stderr, done.stderr
+    assert done.stderr.startswith("run.sh: no GPU: taking the smoke preset")
+    assert (tmp_path / "starts").read_text().split() == ["-", "train_gpt.py"]
+
+
 @pytest.mark.parametrize("argument, says", [
     ("records/ladder/04_Muon", "give its script, records/ladder/04_Muon/train_gpt.py"),
     ("records/04.py", "no script records/04.py here"), ("evaluate.py", "python evaluate.py ckpt=")])
