@@ -328,6 +328,7 @@ class Learned(Watched):
 def test_a_run_begins_at_its_seed_whatever_the_warm_up_left(shards, tmp_path, options):
     trainer = train(shards, tmp_path, Learned, seed=3, **options).trainer
     fresh = train_gpt.Trainer(trainer.cfg, trainer.world)
+    assert not any(p.any() for p in fresh.model.parameters())  # with what a warm-up begins
     fresh.reset(3)
     expected = fresh.state()
     assert trainer.resets == 1 and len(expected) > len(train_gpt.PARAMS)
