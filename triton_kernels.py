@@ -71,10 +71,10 @@ E4M3_WORD, E5M2_WORD = (tl.constexpr(
 
 
 def _expect(name: str, x: Tensor | None, shape: tuple[int | str, ...], dtypes: Sequence[torch.dtype],
-            device: torch.device | None = None, fits: bool = True, rule: str = "") -> None:
-    """ValueError, with all that x should be and is, unless it is None, or contiguous, of `shape` (a letter is any size
-    but 0), one of dtypes, on device, and fits the rule."""
-    if x is None:
+            device: torch.device | None = None, fits: bool = True, rule: str = "", optional: bool = False) -> None:
+    """ValueError, with all that x should be and is, unless it is None where it is optional, or contiguous, of `shape`
+    (a letter is any size but 0), one of dtypes, on device, and fits the rule."""
+    if x is None and optional:
         return
     whole = isinstance(x, Tensor) and x.ndim == len(shape) and all(
         n > 0 if isinstance(size, str) else n == size for n, size in zip(x.shape, shape, strict=True))
@@ -103,7 +103,7 @@ def _multiprocessors(x: Tensor) -> int:  # the interpreter gets a few programs, 
 #     out_i = gate_i * sum_j softmax_j(scale * q_i . k_j) v_j   over j <= i <= j + window in i's document
 # qk          (T, 2 H W)        rows of H query heads, then H key heads of width W, 64 or 128
 # v           (T, H V)          H value heads of width V, 64 or 128
-# documents   Documents         made once a batch of T tokens by `documents`; window 0 to 2^30, scale above 0
+# documents   Documents         made once a batch of T tokens by `documents`; window 0 to 2^30, scale 1e-9 to 1e9
 # cos, sin    (>= rows, W / 4)  or None: of angles. With them q and k are RMS-normed (eps 2^-23), then channel j turns
 #                               with channel j + W / 4, and the second half of the channels stands still
 # gate        (T, H)            above 0, in fp16 1e-4 (its logarithm joins the log-sum-exp; at 0 no gradient); None: 1
@@ -178,19 +178,19 @@ def attention_library(*args, **options) -> Tensor:
 def _check_attention(qk, v, first, last, heads, window, scale, cos, sin, gate, paired, key_offset) -> None:
     if heads < 1 or paired and heads % 2:
         raise ValueError(f"there are {heads} heads: take 1 or more, and an even number to pair them.")
-    if not (0 <= window <= 2**30 and 0 < scale < float("inf")):
-        raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and more than 0.")
+    if not (0 <= window <= 2**30 and 1e-9 <= scale <= 1e9):
+        raise ValueError(f"the window is {window} and the scale {scale}: take 0 to 2**30, and 1e-9 to 1e9.")
     if (cos is None) != (sin is None) or key_offset and cos is None:
         raise ValueError("cos and sin are a pair, and key_offset needs them: pass both.")
     whole = qk.shape[-1] % (2 * heads * (1 if cos is None else 4)) == 0 if qk.ndim else False
     _expect("qk", qk, ("T", f"2 * {heads} * W"), (qk.dtype,), None, whole, ", W with cos a multiple of 4")
     tokens, rows, width, same = len(qk), len(qk) * (1 + paired), qk.size(1) // (2 * heads), ((qk.dtype,), qk.device)
-    _expect("v", v, (tokens, f"{heads} * V"), *same, v.ndim == 2 and v.size(1) % heads == 0)
-    _expect("gate", gate, (tokens, heads), *same)
+    _expect("v", v, (tokens, f"{heads} * V"), *same, isinstance(v, Tensor) and v.shape[-1:].numel() % heads == 0)
+    _expect("gate", gate, (tokens, heads), *same, optional=True)
     for x in (first, last):
         _expect("what documents made", x, (tokens,), (torch.int32,), qk.device)
     for name, x in (("start of cos", cos), ("start of sin", sin)):  # they may be longer
-        _expect(name, x if x is None or x.ndim == 0 else x[:rows], (rows, width // 4), *same)
+        _expect(name, x if x is None or x.ndim == 0 else x[:rows], (rows, width // 4), *same, optional=True)
 
 
 # Measured on an H200 at widths of 128: wider tiles, 8 warps and loops split at the masked part were all slower.
@@ -470,7 +470,7 @@ def attention(qk: Tensor, v: Tensor, documents: Documents, *args, **options) -> 
 # a     (T, D)   bf16, fp16, fp32 (not with out_scale) or e4m3 (reference: any)  input x, or the output's gradient g
 # w     (F, D)   a's dtype, row-major                                                up matrix; down matrix, post @ w
 # post, dpre (T, F)  a's dtype, bf16 for e4m3, backward post also e4m3               post None: forward
-# scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1  (squared after x W': below 1e19)  product of FP8 operands' scales
+# scale ()       fp32, 0 or 1e-9 to 1e9, or None: 1  (squared after x W': below 9e18)  product of FP8 operands' scales
 # out8  (T, F)   post or dpre over out_scale in e4m3, saturated, and, transposed, out8_t (F, T): in the place of post or
 #                dpre, but beside a post that is not transposed                      with out_scale (), fp32 from 1e-30
 # amax  (n,)     fp32, a maximum a program, not rounded, where no NaN is             with such a post
@@ -484,9 +484,9 @@ def _check_relu_square(a, w, post, *scales) -> torch.dtype:
     wide = torch.bfloat16 if a.dtype == E4M3 else a.dtype
     _expect("the first operand", a, ("T", "D"), (*FLOATS, torch.float64, E4M3))
     _expect("w", w, ("F", a.shape[1]), (a.dtype,), a.device)
-    _expect("post", post, (len(a), len(w)), dict.fromkeys((wide, a.dtype)), a.device)
+    _expect("post", post, (len(a), len(w)), dict.fromkeys((wide, a.dtype)), a.device, optional=True)
     for scale in scales:
-        _expect("a scale", scale, (), (torch.float32,), a.device, rule=", one number")
+        _expect("a scale", scale, (), (torch.float32,), a.device, rule=", one number", optional=True)
     return wide
 
 
@@ -762,19 +762,21 @@ def relu_square_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, scales: Sequence[fl
 # Sources: the softcap of Gemma 2 (arXiv 2408.00118), a sigmoid in modded-nanogpt's record #54; multi-token prediction
 # (Gloeckle et al. 2024, 2404.19737) by one output head, #53; loss and gradient in one kernel, #60 and #79.
 
-CAP, SHIFT, WIDTH, MAX_TARGETS = 23.0, 5.0, 7.5, 5
+CAP, SHIFT, WIDTH, MAX_TARGETS, LOSS_LOG2E = 23.0, 5.0, 7.5, 5, 1.4426950408889634
 
 
 def further_targets(targets: Tensor, count: int, other: Tensor | None = None) -> Tensor:
     """(T, count), with `other` (T, count + 1), from targets (T,): each row's own and of the rows after it, -1 past the
     end; the last column is `other`, such as each target's prefix."""
     _expect("targets", targets.contiguous(), ("T",), (torch.int32, torch.int64))
+    _expect("other", other, targets.shape, (targets.dtype,), targets.device, optional=True)
     columns = F.pad(targets, (0, count - 1), value=-1).unfold(0, count, 1)
     return columns.contiguous() if other is None else torch.cat((columns, other[:, None]), 1)
 
 
 def candidate_positions(targets: Tensor, candidates: Tensor, vocab: int) -> Tensor:
     """Where each of `targets`, in [-1, vocab), stands among the distinct tokens `candidates`; -1 if it does not."""
+    _expect("candidates", candidates, ("N",), (torch.int32, torch.int64), targets.device)
     table = targets.new_full((vocab + 1,), -1)  # its last entry, which the target -1 finds, stays -1
     table[candidates.long()] = torch.arange(len(candidates), dtype=targets.dtype, device=targets.device)
     return table[targets.long()]
@@ -807,7 +809,6 @@ def softcapped_cross_entropy_reference(logits, targets, weights, grad_scale, gra
 
 # exp(-(logit + SHIFT) / WIDTH) = exp2(logit * SLOPE + OFFSET); exp(-CAP * rest) = exp2(rest * DROP). Sums are of
 # exp(z - CAP / 2): it lies between e^-11.5 and e^11.5, so none can overflow and the largest z need not be known.
-LOSS_LOG2E = 1.4426950408889634
 LOSS_SLOPE, LOSS_OFFSET = tl.constexpr(-LOSS_LOG2E / WIDTH), tl.constexpr(-LOSS_LOG2E * SHIFT / WIDTH)
 LOSS_DROP, LOSS_MIDDLE = tl.constexpr(-LOSS_LOG2E * CAP), tl.constexpr(LOSS_LOG2E * CAP / 2)
 LOSS_CAP, LOSS_STEEPNESS, LOSS_E5M2_MAX = tl.constexpr(CAP), tl.constexpr(CAP / WIDTH), tl.constexpr(E5M2_MAX)
@@ -1085,11 +1086,10 @@ def orthogonalise(g: Tensor) -> Tensor:
 # q, q_t  x's shape and its transpose, float8_e4m3fn        scale ()  fp32, in the device's memory
 
 
-def _check_transpose(dst: Tensor, src: Tensor, add: bool, *sizes: int) -> None:
-    """Of dtypes of one of the sizes in bytes."""
+def _check_transpose(dst: Tensor, src: Tensor, add: bool, *sizes: int) -> None:  # sizes in bytes that dtypes may have
     dtypes = [t for t in ((*FLOATS, torch.float64) if add else (src.dtype,)) if t.itemsize in sizes]
     _expect("src", src, ("M", "N"), dtypes or [f"of {sizes} bytes"])
-    _expect("dst", dst, src.shape[::-1], dtypes, src.device)
+    _expect("dst", dst, src.shape[::-1], dtypes, src.device, dst is not src, ", not src itself")
 
 
 def _check_quantize(x: Tensor, scale: Tensor) -> None:

@@ -206,7 +206,8 @@ def test_compiled_and_eager_are_one():
         assert (x.double() - eager[name].double()).norm() <= 1e-2 * eager[name].double().norm(), name
 
 
-@pytest.mark.parametrize("window, paired, lengths", [(40, True, (1, 2, 2)), (500, False, (1, 2, 2)), (40, True, (5,))])
+@pytest.mark.parametrize("window, paired, lengths", [(40, True, (1, 2, 2)), (500, False, (1, 2, 2)),
+                                                      (500, True, (1, 2, 2)), (40, True, (5,))])
 def test_tiles_outside_document_and_window_are_never_loaded(window, paired, lengths):
     """NaN there, which a probability of 0 would not stop, reaches nothing of the third tile, in whose document the
     window bounds what comes before and after. The tile after it is spared: one that holds the last rows may jut out."""
@@ -219,6 +220,13 @@ def test_tiles_outside_document_and_window_are_never_loaded(window, paired, leng
     dout = torch.ones(5 * tile, 64 * (1 + paired), device=DEVICE)
     found = differentiate(tk.attention, tensors, where, dout, 1 + paired, window, 0.1, paired=paired)
     assert all(found[name][last].isfinite().all() for name in ("out", "qk", "v"))
+
+
+def test_attention_is_registered_properly():  # of whole tiles: what lies after the last row is left as it was
+    tensors, where = attention_inputs([20, 12], 2, 64, 64, DTYPES[0], rotary=True, gated=True)
+    qk, v, gate = (tensors[name].detach().requires_grad_() for name in ("qk", "v", "gate"))
+    args = qk, v, where.first, where.last, 2, 20, 0.1, tensors["cos"], tensors["sin"], gate, True, True
+    torch.library.opcheck(tk._attention, args)
 
 
 def test_attention_is_an_operator_of_symbolic_sizes():
@@ -283,9 +291,11 @@ def test_a_kernel_may_be_the_first_work_of_a_thread():
     ({"key_offset": True}, "key_offset needs them"),
     ({"cos": torch.zeros(5, 16)}, "cos and sin are a pair"),
     ({"gate": torch.zeros(5, 3)}, r"gate must be \(5, 2\).*of shape \(5, 3\)"),
-    ({"window": -1}, r"the window is -1 and the scale 0.1: take 0 to 2\*\*30, and more than 0"),
+    ({"window": -1}, r"the window is -1 and the scale 0.1: take 0 to 2\*\*30, and 1e-9 to 1e9"),
     ({"window": 2**31 - 1}, "the window is 2147483647"),
     ({"scale": 0.0}, "the window is 3 and the scale 0.0"),
+    ({"scale": 1e30}, r"the scale 1e\+30: take"),
+    ({"v": None}, r"v must be \(5, 2 \* V\).*, not None"),
     ({"documents": tk.documents(torch.tensor([0, 3], dtype=torch.int32, device=DEVICE), 3, 3)},
      r"what documents made must be \(5,\).*of shape \(3,\)"),
     ({"documents": tk.documents(torch.tensor([0, 5], device=DEVICE), 5, 5)}, "torch.int32, not torch.int64"),

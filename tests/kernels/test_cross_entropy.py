@@ -129,6 +129,12 @@ def test_further_targets_are_those_of_the_rows_after():
     assert tk.further_targets(tokens, 2).is_contiguous() and tk.further_targets(tokens, 2).dtype == torch.int32
     with pytest.raises(ValueError, match=r"targets must be \(T,\).*of shape \(1, 3\)"):
         tk.further_targets(tokens[None], 2)
+    for other in (tokens[:2], tokens.long()):
+        with pytest.raises(ValueError, match=r"other must be \(3,\).*, torch.int32, not"):
+            tk.further_targets(tokens, 2, other)
+    for candidates in (tokens.float(), tokens[None]):
+        with pytest.raises(ValueError, match=r"candidates must be \(N,\).*, torch.int32 or torch.int64, not"):
+            tk.candidate_positions(tokens, candidates, 8)
     assert tk.further_targets(torch.arange(6)[::2], 2).tolist() == [[0, 2], [2, 4], [4, -1]]
 
 
@@ -250,13 +256,14 @@ def test_kernel_s_e5m2_gradient_is_its_float32_gradient_rounded(dtype):
 
 @runs_kernel
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_kernel_clamps_e5m2(dtype):
+def test_kernel_and_reference_clamp_e5m2(dtype):
     logits, targets, weights = inputs(5, 300, 2, dtype, DEVICE)
-    for scale in (1e8, 1e13):  # of the second the probabilities' part alone is too large
-        _, grad, grad_t = tk.softcapped_cross_entropy.kernel(logits, targets, weights, scale, F8, True)
-        for values in (grad.float(), grad_t.float()):
-            assert values.isfinite().all()
-            assert values.abs().max() == tk.E5M2_MAX
+    for function in (tk.softcapped_cross_entropy.kernel, tk.softcapped_cross_entropy_reference):
+        for scale in (1e8, 1e13):  # of the second the probabilities' part alone is too large
+            _, grad, grad_t = function(logits, targets, weights, scale, F8, True)
+            for values in (grad.float(), grad_t.float()):
+                assert values.isfinite().all()
+                assert values.abs().max() == tk.E5M2_MAX
 
 
 @runs_kernel
@@ -359,6 +366,7 @@ def test_cpu_takes_the_reference():
         ({"logits": torch.zeros(0, 5), "targets": torch.zeros(0, 2, dtype=torch.int64)}, r"not 0.*\(0, 5"),
         ({"targets": torch.zeros(3, 2, dtype=torch.int64)}, r"targets must be \(4, 2\).* shape \(3, 2\)"),
         ({"targets": torch.zeros(4, dtype=torch.int64)}, r"targets must be \(4, 2\).* shape \(4,\)"),
+        ({"targets": None}, r"targets must be \(4, 2\).*, not None"),
         ({"targets": torch.zeros(4, 2)}, r"targets must be .*int32 or torch.int64, not torch.float32"),
         ({"targets": torch.zeros(2, 4, dtype=torch.int64).T}, r"targets must be .*contiguous.* strides \(1, 4\)"),
         ({"weights": torch.zeros(0)}, r"weights must be .*K <= 5.* shape \(0,\)"),

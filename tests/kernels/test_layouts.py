@@ -180,6 +180,7 @@ S, W, C = torch.ones(4, 6), torch.ones(16, 32), torch.ones(())
         (lambda: tk.quantize_transpose(S, C), r"x must be .*multiples of 16.*of shape \(4, 6\)"),
         (lambda: tk.quantize_transpose(torch.ones(16, 24), C), r"x must be .*multiples of 16.*of shape \(16, 24\)"),
         (lambda: tk.quantize_transpose(W, 0.5), r"scale must be \(\), contiguous, on cpu, torch.float32, not 0.5\."),
+        (lambda: tk.quantize_transpose(W, None), r"scale must be \(\).*, not None"),
         (lambda: tk.quantize_transpose(W, torch.ones(4)), r"scale must be \(\).*of shape \(4,\)"),
         (lambda: tk.quantize_transpose(W, C.double()), "scale must be .*torch.float32, not torch.float64"),
         (lambda: tk.quantize_transpose(S.t(), C), r"x must be .*of shape \(6, 4\) with strides \(1, 6\)"),
@@ -188,6 +189,15 @@ S, W, C = torch.ones(4, 6), torch.ones(16, 32), torch.ones(())
 def test_wrong_transposes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@runs_kernel
+def test_a_matrix_is_not_transposed_into_itself():
+    x = draw(8, 8)
+    for function in (tk.transpose_.kernel, tk.transpose_reference_):
+        for add in (False, True):
+            with pytest.raises(ValueError, match=r"dst must be \(8, 8\), not src itself"):
+                function(x, x, add)
 
 
 def test_an_operation_is_not_differentiated():

@@ -382,6 +382,7 @@ def test_cpu_takes_the_reference():
         ({"a": torch.zeros(0, 8)}, r"first operand must be .*not 0.*of shape \(0, 8\)"),
         ({"a": torch.zeros(4, 8, dtype=torch.int32)}, r"first operand must be .*bfloat16.*not torch.int32"),
         ({"w": torch.zeros(6, 9)}, r"w must be \(F, 8\).*of shape \(6, 9\)"),
+        ({"w": None}, r"w must be \(F, 8\).*, not None"),
         ({"post": torch.zeros(4, 7)}, r"post must be \(4, 6\).*of shape \(4, 7\)"),
         ({"w": torch.zeros(6, 8, dtype=F16)}, r"w must be .*torch.float32, not torch.float16"),
         ({"post": torch.zeros(4, 6, dtype=F16)}, r"post must be .*torch.float32, not torch.float16"),
@@ -407,6 +408,8 @@ def test_the_mlp_names_wrong_matrices_wherever_it_runs(function):
         function(x[None], w, w)
     with pytest.raises(ValueError, match=r"w_down must be \(16, 8\).*of shape \(12, 8\)"):
         function(x, w, w[:12])
+    with pytest.raises(ValueError, match=r"w_down must be \(16, 8\).*, not None"):
+        function(x, w, None)
     with pytest.raises(ValueError, match=r"x must be \(T, D\).*not torch.float8_e4m3fn"):
         function(*(t.to(E4) for t in (x, w, w)))
     x, w = torch.zeros(32, 16, device=DEVICE), torch.zeros(48, 16, device=DEVICE)

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import triton_kernels as tk
 
@@ -160,6 +161,14 @@ def test_float32_is_the_reference_s():
     g = matrices((2, 20, 40))
     assert torch.equal(tk.orthogonalise(g), tk.orthogonalise_reference(g))
     assert not torch.equal(tk.orthogonalise.kernel(g), tk.orthogonalise_reference(g))
+
+
+@runs_kernel
+@pytest.mark.parametrize("function", [tk.gram, tk.orthogonalise])
+def test_only_bfloat16_takes_the_kernels(function):
+    for dtype in (F16, BF16, F32, F64):
+        code = make_fx(lambda x: function(x))(matrices((2, 20, 40), dtype)).code
+        assert ("speedrun" in code) == (dtype == BF16), dtype
 
 
 @runs_kernel
