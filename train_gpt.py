@@ -717,6 +717,8 @@ def compiler(on: bool):
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code, but
         tag = runtime.file_hash("triton_kernels.py")  # operators' backward by name; the environment is for processes
         os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = torch.compiler.config.cache_key_tag = tag  # that compile
+        if torch.version.cuda and triton_kernels.triton:  # else a start that compiles takes torch's (NOTES.md, 38)
+            os.environ.setdefault("TRITON_PTXAS_PATH", triton_kernels.triton.knobs.nvidia.ptxas.path)
     return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
 
 
@@ -1132,8 +1134,7 @@ def log_header(log: Log, cfg: Config, world: World, lines: list[str]) -> None:
             log.write("  " + " ".join(f"{k}={v}" for k, v in value._asdict().items() if k != "layers"))
         for row in rows:
             log.write(f"  {row}")
-    for line in lines:
-        log.write(line)
+    log.write("\n".join(lines))
 
 
 # ==================== Train ====================
@@ -1593,8 +1594,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     runtime.speak_on_sigterm()
-    code = main(sys.argv[1:])
-    if code:
+    if code := main(sys.argv[1:]):
         runtime.leave(code)
     if dist.is_initialized():
         dist.destroy_process_group()
