@@ -717,6 +717,8 @@ def compiler(on: bool):
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code, but
         tag = runtime.file_hash("triton_kernels.py")  # operators' backward by name; the environment is for processes
         os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = torch.compiler.config.cache_key_tag = tag  # that compile
+        torch.compiler.allow_in_graph(triton_kernels.relu_square_mlp)  # so its passes are not traced layer by layer
+        torch._inductor.config.unsafe_marked_cacheable_functions = {"triton_kernels.relu_square_mlp": tag}
         if torch.version.cuda and triton_kernels.triton:  # else a start that compiles takes torch's (NOTES.md, 38)
             os.environ.setdefault("TRITON_PTXAS_PATH", triton_kernels.triton.knobs.nvidia.ptxas.path)
     return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
@@ -1118,8 +1120,7 @@ def log_header(log: Log, cfg: Config, world: World, lines: list[str]) -> None:
     versions = {name: getattr(sys.modules.get(name), "__version__", "absent") for name in ("torch", "numpy", "triton")}
     log.write(f"{'=' * 100}\nenvironment\n{'=' * 100}")
     log.write(f"python:{platform.python_version()} " + " ".join(f"{k}:{v}" for k, v in versions.items())
-              + f" cuda:{torch.version.cuda}")
-    log.write(f"hardware:{world.size}x {runtime.gpu_description(world.device)}")
+              + f" cuda:{torch.version.cuda}\nhardware:{world.size}x {runtime.gpu_description(world.device)}")
     log.write("driver:" + runtime.shell("nvidia-smi", "--query-gpu=driver_version,name,power.limit,clocks.max.sm",
                                 "--format=csv,noheader").replace("\n", " | "))
     commit, changed = runtime.shell("git", "rev-parse", "HEAD"), runtime.shell("git", "status", "--short").split("\n")
@@ -1551,8 +1552,7 @@ def train(cfg: Config, world: World) -> None:
         if saved:
             trainer.load(saved["state"])  # that of another model is refused before the compilation
     lines = trainer.describe(plan)
-    for line in lines:
-        console.say(line)
+    console.say("\n".join(lines))
     log_header(log, cfg, world, lines)
     with runtime.told(cfg, world, trainer), clock.region("compilation and warm-up"):
         trainer.warm_up(plan, validation, console)

@@ -132,8 +132,9 @@ class Tenfold(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return 10 * g
-x = torch.ones(4, requires_grad=True)
-train_gpt.compiler(True)(lambda x: Tenfold.apply(double(x)).sum())(x).backward()
+x, w = torch.ones(4, requires_grad=True), torch.ones(2, 4)
+mlp = train_gpt.triton_kernels.relu_square_mlp  # its gradient by x is 64 here
+train_gpt.compiler(True)(lambda x: Tenfold.apply(double(x)).sum() + mlp(x[None], w, w).sum())(x).backward()
 print(x.grad[0].item(), counters["aot_autograd"]["autograd_cache_hit"])
 """
 
@@ -148,7 +149,7 @@ def test_compiled_functions_are_kept_and_an_operator_of_other_kernels_is_compile
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    assert [run(2, "a"), run(2, "a"), run(3, "b")] == [["20.0", "0"], ["20.0", "1"], ["30.0", "0"]]
+    assert [run(2, "a"), run(2, "a"), run(3, "b")] == [["84.0", "0"], ["84.0", "1"], ["94.0", "0"]]
 
 
 WORKER = """

@@ -1,10 +1,12 @@
 """Seconds that Dynamo takes to trace each stage's loss and validation, no GPU needed: 38 of NOTES.md
 
-    TRITON_INTERPRET=1 PYTHONPATH=. python records/notes/38_trace.py
+    TRITON_INTERPRET=1 PYTHONPATH=. python records/notes/38_trace.py [through]
 
-As on Hopper, FP8 and all: nothing is compiled or run. The interpreter lets operators take CPU tensors."""
+through: the MLPs too, as before 38; else as the trainer does. As on Hopper, FP8 and all; nothing is compiled or run.
+The interpreter lets operators take CPU tensors."""
 import cProfile
 import pstats
+import sys
 import time
 
 import numpy as np
@@ -36,6 +38,8 @@ cfg = t.parse_options(["preset=corpus"])
 kernels, _ = tk.choose((9, 0), torch.bfloat16)
 model = t.GPT(cfg.shape._replace(bigram_rows=8192), torch.bfloat16, kernels, t.read_token_tables(cfg), 1)
 torch._dynamo.config.recompile_limit = 64
+if "through" not in sys.argv:
+    t.compiler(True)
 loss, hidden = (torch.compile(function, dynamic=False, fullgraph=True, backend=stop)
                 for function in (t.slice_loss, model.forward))
 for stage, row in enumerate(cfg.stages):
