@@ -717,10 +717,10 @@ def compiler(on: bool):
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code, but
         tag = runtime.file_hash("triton_kernels.py")  # operators' backward by name; the environment is for processes
         os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = torch.compiler.config.cache_key_tag = tag  # that compile
-        torch.compiler.allow_in_graph(triton_kernels.relu_square_mlp)  # so its passes are not traced layer by layer
-        torch._inductor.config.unsafe_marked_cacheable_functions = {"triton_kernels.relu_square_mlp": tag}
         if torch.version.cuda and triton_kernels.triton:  # else a start that compiles takes torch's (NOTES.md, 38)
             os.environ.setdefault("TRITON_PTXAS_PATH", triton_kernels.triton.knobs.nvidia.ptxas.path)
+        torch.compiler.allow_in_graph(triton_kernels.relu_square_mlp)  # so its passes are not traced layer by layer
+        torch._inductor.config.unsafe_marked_cacheable_functions = {"triton_kernels.relu_square_mlp": tag}
     return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
 
 
