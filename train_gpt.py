@@ -717,10 +717,6 @@ def compiler(on: bool):
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # kept by their code, but
         tag = runtime.file_hash("triton_kernels.py")  # operators' backward by name; the environment is for processes
         os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = torch.compiler.config.cache_key_tag = tag  # that compile
-        if torch.version.cuda and triton_kernels.triton:  # else a start that compiles takes torch's (NOTES.md, 38)
-            os.environ.setdefault("TRITON_PTXAS_PATH", triton_kernels.triton.knobs.nvidia.ptxas.path)
-        torch.compiler.allow_in_graph(triton_kernels.relu_square_mlp)  # so its passes are not traced layer by layer
-        torch._inductor.config.unsafe_marked_cacheable_functions = {"triton_kernels.relu_square_mlp": tag}
     return functools.partial(torch.compile, dynamic=False, fullgraph=True) if on else lambda function: function
 
 
@@ -1120,7 +1116,8 @@ def log_header(log: Log, cfg: Config, world: World, lines: list[str]) -> None:
     versions = {name: getattr(sys.modules.get(name), "__version__", "absent") for name in ("torch", "numpy", "triton")}
     log.write(f"{'=' * 100}\nenvironment\n{'=' * 100}")
     log.write(f"python:{platform.python_version()} " + " ".join(f"{k}:{v}" for k, v in versions.items())
-              + f" cuda:{torch.version.cuda}\nhardware:{world.size}x {runtime.gpu_description(world.device)}")
+              + f" cuda:{torch.version.cuda}")
+    log.write(f"hardware:{world.size}x {runtime.gpu_description(world.device)}")
     log.write("driver:" + runtime.shell("nvidia-smi", "--query-gpu=driver_version,name,power.limit,clocks.max.sm",
                                 "--format=csv,noheader").replace("\n", " | "))
     commit, changed = runtime.shell("git", "rev-parse", "HEAD"), runtime.shell("git", "status", "--short").split("\n")
@@ -1135,7 +1132,8 @@ def log_header(log: Log, cfg: Config, world: World, lines: list[str]) -> None:
             log.write("  " + " ".join(f"{k}={v}" for k, v in value._asdict().items() if k != "layers"))
         for row in rows:
             log.write(f"  {row}")
-    log.write("\n".join(lines))
+    for line in lines:
+        log.write(line)
 
 
 # ==================== Train ====================
@@ -1552,7 +1550,8 @@ def train(cfg: Config, world: World) -> None:
         if saved:
             trainer.load(saved["state"])  # that of another model is refused before the compilation
     lines = trainer.describe(plan)
-    console.say("\n".join(lines))
+    for line in lines:
+        console.say(line)
     log_header(log, cfg, world, lines)
     with runtime.told(cfg, world, trainer), clock.region("compilation and warm-up"):
         trainer.warm_up(plan, validation, console)
@@ -1594,7 +1593,8 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     runtime.speak_on_sigterm()
-    if code := main(sys.argv[1:]):
+    code = main(sys.argv[1:])
+    if code:
         runtime.leave(code)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,6 @@
 """CUDA graphs hold addresses: what they use stays in its place, and they compute what the functions do. And what torch
 keeps of compiled functions is not taken for others."""
 import dataclasses
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -132,9 +131,8 @@ class Tenfold(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         return 10 * g
-x, w = torch.ones(4, requires_grad=True), torch.ones(2, 4)
-mlp = train_gpt.triton_kernels.relu_square_mlp  # its gradient by x is 64 here
-train_gpt.compiler(True)(lambda x: Tenfold.apply(double(x)).sum() + mlp(x[None], w, w).sum())(x).backward()
+x = torch.ones(4, requires_grad=True)
+train_gpt.compiler(True)(lambda x: Tenfold.apply(double(x)).sum())(x).backward()
 print(x.grad[0].item(), counters["aot_autograd"]["autograd_cache_hit"])
 """
 
@@ -149,30 +147,23 @@ def test_compiled_functions_are_kept_and_an_operator_of_other_kernels_is_compile
         assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
-    assert [run(2, "a"), run(2, "a"), run(3, "b")] == [["84.0", "0"], ["84.0", "1"], ["94.0", "0"]]
+    assert [run(2, "a"), run(2, "a"), run(3, "b")] == [["20.0", "0"], ["20.0", "1"], ["30.0", "0"]]
 
 
 WORKER = """
-import os, torch, triton, runtime, train_gpt
+import torch, runtime, train_gpt
 from torch._inductor.async_compile import AsyncCompile
-torch.version.cuda = "13.0"  # a CPU's torch says None
 train_gpt.compiler(True)
-look = "__import__('torch').compiler.config.cache_key_tag, __import__('os').environ.get('TRITON_PTXAS_PATH')"
-tag, ptxas = AsyncCompile.process_pool().submit(eval, look).result(200)
-assert tag == torch.compiler.config.cache_key_tag == runtime.file_hash("triton_kernels.py"), tag
-assert ptxas == os.environ["TRITON_PTXAS_PATH"], ptxas
-assert os.path.samefile(ptxas, os.path.dirname(triton.__file__) + "/backends/nvidia/bin/ptxas"), ptxas
+seen = AsyncCompile.process_pool().submit(eval, "__import__('torch').compiler.config.cache_key_tag").result(200)
+assert seen == torch.compiler.config.cache_key_tag == runtime.file_hash("triton_kernels.py"), seen
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 def test_processes_that_compile_mark_what_they_keep_as_this_one_does(tmp_path):
     """Which tile a kernel runs best with is noted under the tag of the process that compiled it, and looked up under
-    this one's: with another, every start would measure all of them again. A kernel is kept under the version of the
-    ptxas that assembled it: with another, the start after a cold one would compile all that no worker had."""
+    this one's: with another, every start would measure all of them again."""
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    for name in ("TORCH_COMPILE_CACHE_KEY_TAG", "TRITON_PTXAS_PATH"):
-        environment.pop(name, None)
+    environment.pop("TORCH_COMPILE_CACHE_KEY_TAG", None)
     done = subprocess.run([sys.executable, "-c", WORKER], cwd=ROOT, env=environment, timeout=300, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """What torch's tracer hands to its compiler of a slice's loss and of a validation, with the MLPs traced through and, as
-the trainer has it, each one node that is taken apart later: 38 of NOTES.md; no GPU needed
+the patch has it, each one node that is taken apart later: 38 of NOTES.md; no GPU needed
 
+    git apply records/notes/38_start.patch
     TRITON_INTERPRET=1 PYTHONPATH=. python records/notes/38_joint.py
 
 As on Hopper. Nothing is compiled or run; the interpreter lets operators take CPU tensors. Names are numbered anew."""

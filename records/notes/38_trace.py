@@ -1,8 +1,9 @@
 """Seconds that Dynamo takes to trace each stage's loss and validation, no GPU needed: 38 of NOTES.md
 
+    git apply records/notes/38_start.patch
     TRITON_INTERPRET=1 PYTHONPATH=. python records/notes/38_trace.py [through]
 
-through: the MLPs too, as before 38; else as the trainer does. As on Hopper, FP8 and all; nothing is compiled or run.
+through: the MLPs too, as without the patch. As on Hopper, FP8 and all; nothing is compiled or run.
 The interpreter lets operators take CPU tensors."""
 import cProfile
 import pstats
