@@ -295,6 +295,7 @@ def test_a_kernel_may_be_the_first_work_of_a_thread():
     ({"window": 2**31 - 1}, "the window is 2147483647"),
     ({"scale": 0.0}, "the window is 3 and the scale 0.0"),
     ({"scale": 1e30}, r"the scale 1e\+30: take"),
+    ({"scale": 1e-12}, r"the scale 1e-12: take"),
     ({"v": None}, r"v must be \(5, 2 \* V\).*, not None"),
     ({"documents": tk.documents(torch.tensor([0, 3], dtype=torch.int32, device=DEVICE), 3, 3)},
      r"what documents made must be \(5,\).*of shape \(3,\)"),
